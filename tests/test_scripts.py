@@ -144,7 +144,8 @@ def test_the_methods_of_peft_are_compared_and_kept_once(
     Path("data").mkdir()
     for split, rows in (("train", 64), ("validation", 16)):
         made = generate(rows, 0, split)
-        lines = ["question1\tquestion2\tlabel", *("\t".join(map(str, row)) for row in zip(*made.texts, made.labels, strict=True))]
+        rows_of_split = zip(*made.texts, made.labels, strict=True)
+        lines = ["question1\tquestion2\tlabel", *("\t".join(map(str, row)) for row in rows_of_split)]
         Path(f"data/{split}.tsv").write_text("\n".join(lines) + "\n")
     toy = ["data.selection_size=16", "data.train_size=40", "hydra.sweeper.tune.data.train_size=16", "model=tiny_bert"]
     toy += ["trainer.max_steps=2", "optimizer.lr=1e-3,1e-2"]
