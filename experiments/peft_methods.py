@@ -89,7 +89,7 @@ def is_kept(method: str, records: Path) -> bool:
     """Return whether the records hold all reported runs of a method."""
     folder = records / method
     runs = run_folder.find_runs([folder])[0] if folder.is_dir() else []
-    return sum(record["status"] == "done" for _, record in runs) >= SEEDS
+    return len([record for _, record in runs if record["status"] == "done"]) >= SEEDS
 
 
 def run_method(method: str, settings: list[str], options: argparse.Namespace, overrides: list[str]) -> int:

@@ -70,7 +70,7 @@ class MiSSUpdate(Update):
         if self.dropout and self.training:
             x = x * keep_mask(x, self.dropout, self.generator)
         x = F.pad(x, (0, -x.shape[-1] % self.rank))
-        sums = x.unflatten(-1, (-1, self.rank)).sum(-2)  # (B, T, rank)
+        sums: Tensor = x.reshape(*x.shape[:-1], -1, self.rank).sum(-2)  # (B, T, rank)
         return y + sums @ self.miss_block.to(x.dtype)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

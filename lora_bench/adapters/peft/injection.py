@@ -76,7 +76,7 @@ class Frame(nn.Module):
 
         set_peft_model_state_dict(self, {f"base_model.{name}": tensor for name, tensor in tensors.items()})
         if not all(tensor.is_floating_point() for tensor in tensors.values()):
-            with torch.sparse.check_sparse_tensor_invariants():
+            with torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
                 for layer in self.layers.values():
                     weight = layer.get_base_layer().weight
                     layer(weight.new_zeros(1, weight.shape[-1]))
@@ -148,7 +148,11 @@ class InjectedUpdate(Update):
         """
         layer = copy.deepcopy(self.layer[0])
         base = layer.get_base_layer()
-        plain: Any = copy.copy(base) if not isinstance(base, nn.Linear) else nn.Linear(*weight.T.shape, device="meta")
+        plain: Any = (
+            copy.copy(base)
+            if not isinstance(base, nn.Linear)
+            else nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        )
         plain._parameters = {"weight": nn.Parameter(weight.clone(), requires_grad=False)}
         if bias is not None:
             plain._parameters["bias"] = nn.Parameter(bias.clone(), requires_grad=False)
@@ -251,7 +255,7 @@ def inject(backbone: Backbone, config: Any, names: list[str], init: torch.Genera
             code=Code.UNSUPPORTED,
         )
     for name, layer in layers.items():
-        _to_fp32(layer, targets[name].base.weight.device)
+        _to_fp32(layer, targets[name].weight.device)
     return Frame(tuner, layers)
 
 

@@ -1,4 +1,4 @@
-"""What every method of PEFT promises in our loop, on one tiny model: for tests and for `scripts/peft_methods.py`."""
+"""What every method of PEFT promises in our loop, on one tiny model: for tests and for `scripts/peft_checks.py`."""
 
 from __future__ import annotations
 

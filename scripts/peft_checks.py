@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Check every method of PEFT on tiny random models: gradients, the frozen backbone, files, PEFT's own model, merging.
 
-    scripts/peft_methods.py OUTPUT [METHOD …]
-    scripts/peft_methods.py OUTPUT --table
+    scripts/peft_checks.py OUTPUT [METHOD …]
+    scripts/peft_checks.py OUTPUT --table
 
 Each choice `peft_…` of the group `adapter` (or those that are named) is trained for two steps on BERT, RoBERTa, a T5
 in words, the encoder of a T5 and a Llama of two layers; `tests/adapters/peft/injected_checks.py` has the checks. The
