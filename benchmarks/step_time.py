@@ -3,8 +3,8 @@
 
     benchmarks/step_time.py [METHOD …]
 
-The methods are those of conf/adapter/, unless some are named. Run nothing else meanwhile. Every round runs one step of
-each method in turn. The table has medians over the rounds, and the median of the ratios to LoRA.
+The methods are those of conf/adapter/ but PEFT's, unless some are named. Run nothing else meanwhile. Every round runs
+one step of each method in turn. The table has medians over the rounds, and the median of the ratios to LoRA.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def main() -> None:
     from lora_bench.training.memory import keep_freed_memory
 
     keep_freed_memory()
-    methods = dict.fromkeys(["lora", *(options.methods or choices("adapter"))])
+    own = [choice for choice in choices("adapter") if choice.partition("_")[0] != "peft"]
+    methods = dict.fromkeys(["lora", *(options.methods or own)])
     packs = {method: build_pack(method) for method in methods}
     seconds = measure(packs)
     print(f"{torch.get_num_threads()} threads, {packs['lora'][0].backbone.compute_dtype}, {ROUNDS} rounds\n")

@@ -3,10 +3,10 @@
 
     experiments/methods.py DATA OUTPUT [METHOD …]
 
-DATA is a folder with QQP's train.tsv and validation.tsv. Every method of conf/adapter/, unless some are named, runs on
-MiniLM in a `sweep=methods` of its own. Its learning rate is chosen from the same four values on the selection split,
-with 2,000 pairs and seed 0. Then it is trained on 8,000 pairs for 2 epochs with seeds 0, 1 and 2, and scored on the
-reported split. Adapters have about as many parameters as LoRA of rank 8, if the method allows it.
+DATA is a folder with QQP's train.tsv and validation.tsv. Every method of conf/adapter/ but PEFT's, unless some are
+named, runs on MiniLM in a `sweep=methods` of its own. Its learning rate is chosen from the same four values on the
+selection split, with 2,000 pairs and seed 0. Then it is trained on 8,000 pairs for 2 epochs with seeds 0, 1 and 2, and
+scored on the reported split. Adapters have about as many parameters as LoRA of rank 8, if the method allows it.
 
 All methods take about three hours on two cores that multiply bf16 fast. A finished sweep is not repeated: start the
 script again to resume, or twice at once with different methods. `lora-bench compare OUTPUT` prints the table again.
@@ -54,7 +54,8 @@ def main() -> int:
     if unknown := set(options.methods) - set(known):
         parser.error(f"no such method: {', '.join(sorted(unknown))}")
     worst = 0
-    for method in options.methods or known:
+    own = [method for method in known if method.partition("_")[0] != "peft"]
+    for method in options.methods or own:
         print(f"\n{method}", flush=True)
         code = run_sweep(method, options.data, options.output / method)
         if code in INTERRUPTED:

@@ -43,6 +43,8 @@ def run_doctor(console: Console) -> None:
         from lora_bench.files.cache import cache_folder
         from lora_bench.training.precision import has_fast_bf16, resolve_device, resolve_precision
 
+        peft = _peft()
+
     described = environment.describe()
     device = resolve_device("auto")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
@@ -57,12 +59,7 @@ def run_doctor(console: Console) -> None:
         ("LORA_BENCH_BACKBONES", _backbones()),
         ("hub", "disabled by HF_HUB_OFFLINE=1" if os.environ.get("HF_HUB_OFFLINE") == "1" else "used when needed"),
         ("token cache", str(cache_folder())),
-        (
-            "peft",
-            "installed"
-            if importlib.util.find_spec("peft")
-            else "not installed: needed only to load adapters with PEFT (pip install peft)",
-        ),
+        *peft,
     ]
     rows += [(feature, _extra(package, extra)) for feature, (package, extra) in EXTRAS.items()]
     for group in (METHODS, BACKBONES, METRICS, CONF):
@@ -70,6 +67,20 @@ def run_doctor(console: Console) -> None:
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     console.print(table)
+
+
+def _peft() -> list[tuple[str, str]]:
+    """Return rows on PEFT: its version, the methods that can be trained (`adapter.peft_type`), and the other ones."""
+    from lora_bench.adapters.peft import catalogue
+
+    if not catalogue.is_installed():
+        return [("adapter=peft", f"missing: {catalogue.INSTALL}")]
+    trainable, refused = catalogue.method_types()
+    return [
+        ("adapter=peft", f"ready: {catalogue.version()} has {len(trainable)} methods that can be trained"),
+        ("adapter.peft_type", ", ".join(trainable)),
+        ("refused methods of PEFT", ", ".join(refused)),
+    ]
 
 
 def _extra(package: str, extra: str) -> str:

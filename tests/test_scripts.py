@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, RobertaModel
 from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.families import build_model
 from lora_bench.backbones.load import load, load_tokenizer
+from lora_bench.data.toy import generate
 from tests.command_line import unchanged_process
 from tests.helpers import composed
 
@@ -134,6 +135,29 @@ def test_the_enhanced_methods_protocol_in_small(in_tmp: Path, monkeypatch: pytes
     before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("run.json")}
     assert script(monkeypatch, "experiments/reproduce_enhanced.py", "--toy", "out", "target", "robust") == 0
     assert before == {path: path.stat().st_mtime_ns for path in Path("out").rglob("run.json")}
+
+
+def test_the_methods_of_peft_are_compared_and_kept_once(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, chosen = "experiments/peft_methods.py", ("ours", "vectors")
+    Path("data").mkdir()
+    for split, rows in (("train", 64), ("validation", 16)):
+        made = generate(rows, 0, split)
+        rows_of_split = zip(*made.texts, made.labels, strict=True)
+        lines = ["question1\tquestion2\tlabel", *("\t".join(map(str, row)) for row in rows_of_split)]
+        Path(f"data/{split}.tsv").write_text("\n".join(lines) + "\n")
+    toy = ["data.selection_size=16", "data.train_size=40", "hydra.sweeper.tune.data.train_size=16", "model=tiny_bert"]
+    toy += ["trainer.max_steps=2", "optimizer.lr=1e-3,1e-2"]
+    arguments = ["data", "out", *chosen, *toy, "--records=records", "--methods", "lora", "peft_ia3"]
+    assert script(monkeypatch, name, *arguments) == 0
+    records = sorted(Path("records").rglob("run.json"))
+    assert [path.parts[1] for path in records] == ["lora"] * 3 + ["peft_ia3"] * 3
+    assert {_read(path)["config"]["adapter"].get("peft_type") for path in records} == {None, "IA3"}
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("run.json")}
+    assert script(monkeypatch, name, *arguments, "--table") == 0
+    assert before == {path: path.stat().st_mtime_ns for path in Path().rglob("run.json")}
+    assert "peft_ia3" in capsys.readouterr().out.rpartition("\n\n")[2]
 
 
 def test_a_search_is_compared_with_a_grid_once(

@@ -86,6 +86,12 @@ class Adapter(ABC):
     """Settings that affect training only, not the meaning of saved tensors."""
     trains_backbone = False
     """Whether the backbone's own weights are trained: such a method has no frozen backbone to share."""
+    is_external = False
+    """Whether layers of another library compute it. A sweep trains such runs one by one, and without CUDA graphs."""
+    mixes_positions = False
+    """Whether it computes with averages over positions, so that none may be left out of the last layer."""
+    is_in_peft_format = False
+    """Whether every tensor of its file is one that PEFT reads."""
 
     def __post_init__(self) -> None:
         require_number("default_lr", self.default_lr, 0, open_low=True)

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from lora_bench.config.foreign_keys import foreign_key_note
 from lora_bench.config.groups import choices
-from lora_bench.config.keys import key_of, split_override
+from lora_bench.config.keys import key_of, split_override, with_open_groups
 from lora_bench.config.overrides import (
     CheckedFileSource,
     check_config,
@@ -257,7 +257,7 @@ class JobLoader(ConfigLoaderImpl):  # type: ignore[misc]
         overrides = [text for text in sweep_overrides if key_of(text) != "resume"]
         config = self._checked.pop(tuple(overrides), None)
         if config is None:
-            config = super().load_sweep_config(master_config, overrides)
+            config = super().load_sweep_config(master_config, list(map(with_open_groups, overrides)))
         for text in sweep_overrides:
             if key_of(text) == "resume":
                 config.resume = parse_override(text).value()
@@ -332,7 +332,10 @@ def compose_hydra(
     hydra = ComposedHydra("lora-bench", JobLoader(search_path))
     try:
         hydra.config = hydra.config_loader.load_configuration(
-            config_name, overrides, run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False
+            config_name,
+            list(map(with_open_groups, overrides)),
+            run_mode=RunMode.MULTIRUN,
+            validate_sweep_overrides=False,
         )
         if config_name is not None:
             refuse_code(hydra.config.hydra)

@@ -47,6 +47,16 @@ def as_typed(value: object, key: str, overrides: Iterable[str]) -> str:
     return split_override(typed[-1])[1] if typed and isinstance(value, float) else str(value)
 
 
+OPEN_GROUPS = ("adapter.settings", "adapter.fields")
+"""Keys below which any name may be given, since what they belong to checks the names itself."""
+
+
+def with_open_groups(override: str) -> str:
+    """Return an override that also adds its key if it lies in an open group; Hydra would want a `+` before it."""
+    beginnings = tuple(f"{key}{sign}" for key in OPEN_GROUPS for sign in (".", "="))
+    return f"++{override}" if override.startswith(beginnings) else override
+
+
 RENAMED = {"adapter.matching": "head.pair_features"}
 """Keys of older versions with their present names: records are read with these, the command line refuses them."""
 

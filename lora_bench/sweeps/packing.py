@@ -88,16 +88,21 @@ def _print_single_jobs(groups: Sequence[Group], console: Console) -> None:
     """Print which jobs are trained as single runs, in one line for each reason."""
     numbers_by_reason: dict[str, list[str]] = {}
     for group in groups:
-        if group.single_reason:
-            consequence = ", so pack.halving does not eliminate it" if group.experiments[0].pack.halving else ""
-            number = job_name(group.jobs[0].title).removeprefix("job ")
-            numbers_by_reason.setdefault(f"{group.single_reason}{consequence}", []).append(number)
+        for job, experiment in zip(group.jobs, group.experiments, strict=True):
+            reason = group.single_reason or (
+                _EXTERNAL if experiment.adapter.is_external and len(group.jobs) > 1 else ""
+            )
+            if reason:
+                consequence = ", so pack.halving does not eliminate it" if experiment.pack.halving else ""
+                number = job_name(job.title).removeprefix("job ")
+                numbers_by_reason.setdefault(f"{reason}{consequence}", []).append(number)
     for reason, numbers in numbers_by_reason.items():
         few = numbers if len(numbers) <= _MAX_NUMBERS else [*numbers[:_MAX_NUMBERS], "…"]
         verb = "runs alone" if len(numbers) == 1 else "run one by one"
         console.print(sanitise(f"note: job {', '.join(few)} {verb}: {reason}"))
 
 
+_EXTERNAL = "PEFT's layers compute one adapter at a time; the loaded backbone is shared"
 _MAX_NUMBERS = 12
 """Maximum jobs that a note names."""
 
@@ -179,7 +184,8 @@ def split_into_packs(
 ) -> list[list[Job]]:
     """Split a group into packs that fit this process's share of the memory.
 
-    Members of a pack have prefixes of equal depth, which they compute once or read from the cache. On a CPU they gain
+    Members of a pack have prefixes of equal depth, which they compute once or read from the cache. A job whose method
+    is computed by another library gets a pack of its own. On a CPU they gain
     nothing else: without a prefix each job is a single run, with its own time and memory, unless `pack.size` or
     `pack.halving` requests packs.
 
@@ -192,7 +198,7 @@ def split_into_packs(
     Returns:
         The jobs of each pack.
     """
-    jobs_by_depth: dict[int, list[tuple[Job, MemoryDemand]]] = {}
+    jobs_by_depth: dict[tuple[int, bool], list[tuple[Job, MemoryDemand]]] = {}
     measured: dict[str, MemoryDemand] = {}
     for job, experiment in zip(group.jobs, group.experiments, strict=True):
         key = settings_hash((experiment.adapter, experiment.head, experiment.size))
@@ -202,13 +208,14 @@ def split_into_packs(
         except Exception as error:
             ended(job, error)
             continue
-        jobs_by_depth.setdefault(measured[key].depth, []).append((job, measured[key]))
+        place = measured[key].depth, experiment.adapter.is_external
+        jobs_by_depth.setdefault(place, []).append((job, measured[key]))
     settings = group.experiments[0].pack
     free = SHARE_OF_FREE * free_bytes(inputs.backbone.device) / sharing
     is_cpu_default = settings.size is None and not settings.halving and inputs.backbone.device.type == "cpu"
     packs = []
-    for depth, candidates in jobs_by_depth.items():
-        max_jobs = 1 if is_cpu_default and depth == 0 else settings.size
+    for (depth, is_external), candidates in jobs_by_depth.items():
+        max_jobs = 1 if is_external or (is_cpu_default and depth == 0) else settings.size
         packs += _within_memory(candidates, max_jobs, settings.memory_bytes, free, inputs, ended)
     return packs
 

@@ -39,13 +39,15 @@ class Backward:
         pack: the members.
         objectives: by number of the head that they are computed with.
         graphs: replay CUDA graphs, if the pack is on a GPU, and neither recomputes activations nor is sharded: a
-            recomputed pass restores random streams, and gathered weights lie elsewhere in each pass.
+            recomputed pass restores random streams, and gathered weights lie elsewhere in each pass. Layers of another
+            library may wait for the GPU, which a graph cannot record.
     """
 
     def __init__(self, pack: Pack, objectives: Mapping[int, Objective], *, graphs: bool) -> None:
         self.pack = pack
         self.objectives = objectives
-        is_recordable = not (pack.recomputes_activations or pack.backbone.is_sharded)
+        is_external = any(member.adapter.is_external for member in pack.members)
+        is_recordable = not (pack.recomputes_activations or pack.backbone.is_sharded or is_external)
         graphs = graphs and pack.backbone.device.type == "cuda" and is_recordable
         self._pass = Graphs(pack, self._add) if graphs else self._add_from_cpu
         self.multiple = LENGTH_MULTIPLE if graphs else 1

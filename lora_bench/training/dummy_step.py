@@ -54,8 +54,9 @@ def saved_bytes(pack: Pack, rows: int, length: int) -> int:
     bytes_by_pointer: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        bytes_by_pointer[storage.data_ptr()] = storage.nbytes()
+        for dense in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            storage = dense.untyped_storage()
+            bytes_by_pointer[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

@@ -14,6 +14,8 @@ from lora_bench.adapters.pack.member import Member
 from lora_bench.adapters.pack.member_modules import MemberHeads
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.config.build import build
+from lora_bench.config.groups import choices
+from lora_bench.config.keys import with_open_groups
 from lora_bench.data import sources
 from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.errors import Code
@@ -37,13 +39,15 @@ if TYPE_CHECKING:
     from lora_bench.training.member_run import MemberProgress
 
 State = dict[str, "Tensor"]
+OWN_METHODS = tuple(choice for choice in choices("adapter") if choice.partition("_")[0] != "peft")
+"""The choices of the group `adapter` that PEFT does not compute; `peft/test_injection.py` tests those that it does."""
 COLUMNS = ["question1", "question2"]
 
 
 @cache
 def adapter(method: str, *overrides: str) -> Adapter:
     """`adapter("lora", "rank=4")` is what `adapter=lora adapter.rank=4` gives."""
-    cfg = composed(f"adapter={method}", *(f"adapter.{override}" for override in overrides))
+    cfg = composed(f"adapter={method}", *(with_open_groups(f"adapter.{override}") for override in overrides))
     return build(method_class(cfg.adapter.method), cfg.adapter, "adapter")
 
 

@@ -308,7 +308,7 @@ def test_every_field_with_a_range_is_tested() -> None:
     free_text = {"method", "target_modules", "layers", "task", "label_column", "path", "tokenizer", "package", "sha256"}
     free_text |= {"tasks", "splits"}
     free_text |= {"folder", "hub_id", "hub_config", "revision", "random", "torchmetric", "direction", "init_from"}
-    free_text |= {"function", "args"}
+    free_text |= {"function", "args", "peft_type", "fields", "settings"}
     assert {name for _, _, _, name in FIELDS} - free_text == {name for _, name, _, _ in RANGES}
 
 
@@ -359,7 +359,7 @@ def test_an_unknown_method_is_refused(name: str) -> None:
     with refuses(Code.UNKNOWN_CHOICE, key="adapter.method") as caught:
         method_class(name)
     assert caught.value.value == name
-    assert "adalora, bitfit, full, head_only, lora" in str(caught.value)
+    assert "adalora, bitfit, full, head_only, hira, lora" in str(caught.value)
 
 
 def test_a_config_without_a_required_key_is_refused() -> None:

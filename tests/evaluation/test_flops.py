@@ -19,10 +19,9 @@ from torch import nn
 from lora_bench.adapters.lowrank.linear import LowRank
 from lora_bench.adapters.methods.lora_xs import LoRAXSUpdate
 from lora_bench.backbones.bert import Bert
-from lora_bench.config.groups import choices
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.training.dummy_step import dummy_step
-from tests.adapters.tools import adapter, in_turn, make, pack, tables, trainer
+from tests.adapters.tools import OWN_METHODS, adapter, in_turn, make, pack, tables, trainer
 from tests.backbones.tools import FORMS
 from tests.training.tools import prepare
 
@@ -114,6 +113,10 @@ def added(update: Update, linear: Linear) -> tuple[float, float]:
     if type(update).__name__ == "VeRAUpdate":
         r = update.rank
         return 2 * r * (a + b) * t + 2 * r * b * t + 2 * r * a * t * linear.below, 0
+    if type(update).__name__ == "HiRAUpdate":  # a product as large as the frozen one, with its weight's gradient
+        return 2 * a * b * t * (2 + linear.below), 3 * 2 * a * b * update.rank
+    if type(update).__name__ == "MiSSUpdate":
+        return 2 * update.rank * b * t * (2 + linear.below), 0
     return 0, 0  # BitFit: a sum
 
 
@@ -139,7 +142,7 @@ def by_formula(packed: Pack, method: Adapter, form: str) -> float:
 
 @pytest.mark.parametrize(
     ("method", "form"),
-    in_turn([(method, form) for method in choices("adapter") for form in FORMS if (method, form) not in UNFIT]),
+    in_turn([(method, form) for method in OWN_METHODS for form in FORMS if (method, form) not in UNFIT]),
 )
 def test_the_flops_of_a_step_are_those_of_the_formula(method: str, form: str) -> None:
     settings = adapter(method, *SMALL.get(method, ()))

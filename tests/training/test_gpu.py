@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_bench.config.groups import choices
 from lora_bench.training.cuda_graphs import Graphs
+from tests.adapters.tools import OWN_METHODS
 from tests.command_line import at_step, lora_bench, signalled, toy_run
 
 pytestmark = [
@@ -74,7 +74,7 @@ def launch_all(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Graphs, "_record", lambda *_: None)
 
 
-@pytest.mark.parametrize("method", choices("adapter"))
+@pytest.mark.parametrize("method", OWN_METHODS)
 def test_a_recorded_pass_learns_what_a_launched_one_learns(
     method: str, recorded: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -223,7 +223,8 @@ class Pack(PackState):
         if K > 1:
             self._synced(members).copy_parameters()
         has_pair_features = any(str(k) in self.pair_features for k in members)
-        with self._computing(members, batch.head, all_positions=has_pair_features), self._autocast():
+        needs_all = has_pair_features or any(self.members[k].adapter.mixes_positions for k in members)
+        with self._computing(members, batch.head, all_positions=needs_all), self._autocast():
             # (K·B, C), and (K·B, T, D) or (K·B, 1, D)
             logits, states = (
                 self.backbone.compute_sharded(batch)

@@ -198,7 +198,8 @@ class PackState(nn.Module):
         for name, update in self.updates[member].items():
             base: Any = self.network.get_submodule(f"{name}.base")
             with torch.no_grad():
-                weight, bias = update.merge(base.weight.float(), None if base.bias is None else base.bias.float())
+                bias = getattr(base, "bias", None)  # T5's norms have none
+                weight, bias = update.merge(base.weight.float(), None if bias is None else bias.float())
             merged |= {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
         return join_rows(self.network, merged)
 

@@ -23,7 +23,7 @@ from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -66,11 +66,12 @@ def save(
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         return
     tensors = {name: tensor.contiguous().cpu() for name, tensor in _saved(pack, member, head).items()}
-    if for_peft:
+    adapter = pack.members[member].adapter
+    if for_peft and not adapter.is_in_peft_format:
         of_head = {f"{PREFIX}model.{name}" for name in pack.head_parameters(member, head)}
         tensors = {name: tensor for name, tensor in tensors.items() if name in of_head or OF_PEFT.fullmatch(name)}
     updates = pack.updates[member]
-    settings, targets = pack.members[member].adapter.peft_settings(updates), list(updates)
+    settings, targets = adapter.peft_settings(updates), list(updates)
     if settings and has_parts(pack.network, targets):
         if for_peft:
             tensors, settings, targets = join_parts(pack.network, tensors, settings, targets, f"{PREFIX}model.")
@@ -85,7 +86,7 @@ def save(
         "base_model_name_or_path": base_model,
         "task_type": pack.backbone.peft_task,
         "inference_mode": True,
-        "target_modules": targets,
+        "target_modules": settings.get("target_modules") or targets,
         "modules_to_save": list(pack.backbone.head_modules) or None,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -119,12 +120,18 @@ def load(folder: Path, pack: Pack, member: int, *, with_head: bool = True) -> No
         except UserError as error:
             raise UserError(error.reason, file=path, code=Code.DAMAGED) from None
         return
-    refuse_misfits(path, tensors, {name: tuple(tensor.shape) for name, tensor in _saved(pack, member).items()})
+    own = _saved(pack, member)
+    integers = {name for name, tensor in own.items() if tensor.dtype not in FLOATS}
+    refuse_misfits(path, tensors, {name: tuple(tensor.shape) for name, tensor in own.items()}, integers)
     unprefixed = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     with torch.no_grad():
         for name, p in heads.items():
             p.copy_(unprefixed.pop(name))
-    pack.members[member].adapter.load_tensors(pack.updates[member], unprefixed)
+    try:
+        pack.members[member].adapter.load_tensors(pack.updates[member], unprefixed)
+    except (IndexError, RuntimeError) as error:
+        reason = f"the saved tensors do not fit: {' '.join(str(error).split())}"
+        raise UserError(reason, file=path, code=Code.DAMAGED) from None
 
 
 def _saved(pack: Pack, member: int, head: int = 0) -> dict[str, Tensor]:
@@ -170,15 +177,26 @@ def check_ranks(folder: Path, ranks: Mapping[str, int | list[int]]) -> None:
             )
 
 
-def refuse_misfits(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def refuse_misfits(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    integers: Collection[str] = frozenset(),
+) -> None:
     """Refuse a file whose tensors are not those of `shapes`, or are not finite.
+
+    Args:
+        path: of the file, for the message.
+        tensors: its content.
+        shapes: of the tensors that it must have, by name.
+        integers: names of those that may hold whole numbers: codes of quantised weights, positions.
 
     Raises:
         UserError: tensors are missing, superfluous, of another shape, of a type that is not floating-point, or not
             finite. It names at most three, of the first of these problems.
     """
     both = [name for name in shapes if name in tensors]
-    odd = [f"{name} ({tensors[name].dtype})" for name in both if not _type_fits(name, tensors[name])]
+    odd = [f"{name} ({tensors[name].dtype})" for name in both if not _type_fits(tensors[name], name in integers)]
     problems = {
         "are missing": [name for name in shapes if name not in tensors],
         "do not belong to this adapter": [name for name in tensors if name not in shapes],
@@ -200,6 +218,6 @@ def refuse_misfits(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[st
             )
 
 
-def _type_fits(name: str, tensor: Tensor) -> bool:
-    """Return whether a tensor is of floating-point numbers, or holds the codes of a quantised weight."""
-    return tensor.dtype in FLOATS or (name.endswith(".base.codes") and not tensor.is_complex())
+def _type_fits(tensor: Tensor, may_be_integer: bool) -> bool:
+    """Return whether a tensor is of floating-point numbers, or of whole numbers where these are expected."""
+    return tensor.dtype in FLOATS or (may_be_integer and not tensor.is_complex())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-OF_PEFT = re.compile(r"(?!.*\.variant\.).*\b(lora_[ABE](\.weight)?|lora_magnitude_vector|vera_[AB]|vera_lambda_[bd])")
+OF_PEFT = re.compile(
+    r"(?!.*\.variant\.).*\b(lora_[ABE](\.weight)?|lora_magnitude_vector|vera_[AB]|vera_lambda_[bd]|hira_[AB]|miss_block)"
+)
 """The tensors of an adapter that PEFT has a name for."""
 
 AUTO_CLASSES = {
