@@ -45,7 +45,6 @@ FOREIGN_KEYS: dict[str, str] = {
     "loraplus_lr_ratio": "It is called adapter.lr_ratio here; adapter=lora_plus sets it.",
     "use_rslora": "Choose adapter=rslora, or adapter.scaling=rank_stable.",
     "use_dora": "Choose adapter=dora, or adapter.magnitude=true.",
-    "peft_type": "Choose a method: adapter=lora.",
     "peft_method": "Choose a method: adapter=lora.",
     "finetuning_type": "Choose a method: adapter=lora, or adapter=full for full fine-tuning.",
     "rank_pattern": "Give adapter.allocation a list of expression=rank.",

@@ -59,7 +59,9 @@ def test_help_of_a_key_has_type_default_values_and_meaning() -> None:
     assert first == "trainer.precision (text, default auto)"
     assert any("bf16 where the device computes it fast" in line for line in meaning)
     assert values == "  Values: auto, fp32, bf16"
-    assert help_on("adapter.rank").count("adapter.rank (integer, default ") == 4  # of LoRA, AdaLoRA, LoRA-XS and VeRA
+    assert (
+        help_on("adapter.rank").count("adapter.rank (integer, default ") == 6
+    )  # LoRA, AdaLoRA, LoRA-XS, VeRA, HiRA, MiSS
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ DAMAGES_OF_CONFIG: list[tuple[str, Any, Code]] = [
     ("data.task", nested(200), Code.DAMAGED),
     ("seed", 10**400, Code.INVALID_VALUE),
     ("optimizer.lr", 10**400, Code.MISSING),
-    ("trainer.eval_batch_size", 10**400, Code.MISSING),
+    ("trainer.batch_size", 10**400, Code.MISSING),
     ("model.package", "canary.weights", Code.FORBIDDEN),
     ("model", 3, Code.DAMAGED),
     ("adapter", None, Code.DAMAGED),
