@@ -68,10 +68,11 @@ def run_trainer(workload: Workload, data: str, pairs: int) -> dict[str, float]:
 
     transformers.logging.set_verbosity_error()
     experiment = epoch_experiment(data, pairs)
-    _, splits, _ = load_splits(experiment.data)
+    data_settings, splits, _ = load_splits(experiment.data)
+    experiment = experiment.with_data([data_settings])
     folder = locate(experiment.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    padding = {"padding": "max_length"} if workload.run_glue_defaults else {}
+    padding: dict[str, Any] = {"padding": "max_length"} if workload.run_glue_defaults else {}
 
     def encode(name: str) -> Any:
         return encode_split(tokenizer, splits[name], **padding)
@@ -92,12 +93,12 @@ def run_trainer(workload: Workload, data: str, pairs: int) -> dict[str, float]:
         return {"pairs_per_second": workload.epochs * pairs / seconds}
 
 
-def encode_split(tokenizer: Any, examples: Any, **padding: str) -> Any:
+def encode_split(tokenizer: Any, examples: Any, max_length: int = MAX_LENGTH, **padding: str) -> Any:
     """Return the tokens and labels of a split as a `datasets.Dataset`."""
     import datasets
 
     first, second = examples.texts
-    rows = tokenizer(list(first), list(second), truncation=True, max_length=MAX_LENGTH, **padding)
+    rows = tokenizer(list(first), list(second), truncation=True, max_length=max_length, **padding)
     return datasets.Dataset.from_dict({**rows, "labels": examples.labels.tolist()})
 
 

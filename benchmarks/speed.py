@@ -5,7 +5,8 @@
 
 DATA is a folder with QQP's train.tsv and validation.tsv. The rows are those of `COMPARISONS` and `OWN_ROWS` below. Run
 nothing else meanwhile. Every side runs in a process of its own, in turns, in each round. The table, in Markdown, has
-medians over the rounds and the ratio of lora-bench to PEFT. The Trainer has its fastest settings (batches grouped by
+medians over the rounds and the ratio of lora-bench to PEFT. The column `roofline` is the time of the step's FLOPs at
+the measured peak of plain products over the step's time. The Trainer has its fastest settings (batches grouped by
 length, no needless padding), except in the row `defaults`. Training speed excludes start-up, tokenising and
 evaluation. Needs the extra `dev` (peft, accelerate).
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from machine import describe_machine, measure_gemm
 from peft_trainer import BATCH_SIZE, Workload, epoch_experiment, run_trainer
 
 if TYPE_CHECKING:
@@ -52,28 +54,28 @@ def list_comparisons() -> dict[str, Comparison]:
     for precision in ("fp32", "bf16"):
         bf16 = precision == "bf16"
         for name, ours, theirs, target, workload in (
-            ("lora", "LoRA r8 all linears", grouped, 3.0 if bf16 else 2.2, Workload(precision=precision)),
-            ("qv", "LoRA r8 q,v", grouped, 2.2 if bf16 else None, Workload(target_modules="qv", precision=precision)),
-            ("dora", "DoRA r8 all linears", grouped, 4.0 if bf16 else None, Workload("dora", precision=precision)),
+            ("lora", "LoRA r8 all linears", grouped, 3.5 if bf16 else 2.0, Workload(precision=precision)),
+            ("qv", "LoRA r8 q,v", grouped, 3.0 if bf16 else None, Workload(target_modules="qv", precision=precision)),
+            ("dora", "DoRA r8 all linears", grouped, 4.5 if bf16 else None, Workload("dora", precision=precision)),
             (
                 "top-half",
                 "r8, top half, prefix cached",
                 grouped,
-                4.0 if bf16 else None,
+                4.5 if bf16 else None,
                 Workload(top_layers=3, precision=precision),
             ),
             (
                 "full",
                 "full fine-tuning",
                 "HF Trainer, grouped",
-                1.5 if bf16 else 1.3,
+                2.0 if bf16 else 1.3,
                 Workload("full", precision=precision),
             ),
             (
                 "evaluation",
                 "evaluation",
                 "Trainer.evaluate, sorted",
-                2.5,
+                3.0 if bf16 else 2.5,
                 Workload(evaluation_only=True, precision=precision),
             ),
         ):
@@ -109,7 +111,8 @@ def run_lora_bench(workload: Workload, data: str, pairs: int) -> Measurements:
 
     keep_freed_memory()
     experiment = epoch_experiment(data, pairs, *adapter_overrides(workload))
-    _, splits, _ = load_splits(experiment.data)
+    data_settings, splits, _ = load_splits(experiment.data)
+    experiment = experiment.with_data([data_settings])
     device = resolve_device("auto")
     pack, sha256 = attach(experiment, device, resolve_precision(workload.precision, device))
     columns, length = experiment.data.text_columns, experiment.data.max_length
@@ -146,24 +149,6 @@ def adapter_overrides(workload: Workload) -> list[str]:
         f"adapter.target_modules={workload.target_modules}",
         f"adapter.layers={layers}",
     ]
-
-
-def measure_gemm(dtype: Any, device: Any) -> float:
-    """Return the FLOPs per second of matrix products at MiniLM's shapes: the median of the fastest shape."""
-    import torch
-
-    rates = []
-    for inputs, outputs in ((384, 384), (384, 1536), (1536, 384)):
-        x, weight = (torch.randn(rows, inputs, device=device, dtype=dtype) for rows in (1024, outputs))
-        seconds = []
-        for _ in range(20):
-            start = time.perf_counter()
-            x @ weight.T
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        rates.append(2 * 1024 * inputs * outputs / median(seconds))
-    return max(rates)
 
 
 def measure_tokenising(data: str, pairs: int) -> Measurements:
@@ -207,7 +192,8 @@ def train_for_memory(data: str, pairs: int) -> Measurements:
 
     keep_freed_memory()
     experiment = epoch_experiment(data, pairs, "trainer.max_steps=30")
-    _, splits, _ = load_splits(experiment.data)
+    data_settings, splits, _ = load_splits(experiment.data)
+    experiment = experiment.with_data([data_settings])
     device = resolve_device("auto")
     pack, _ = attach(experiment, device, resolve_precision("auto", device))
     columns, length = experiment.data.text_columns, experiment.data.max_length
@@ -376,7 +362,7 @@ def format_tables(comparisons: dict[str, Any], own_rows: dict[str, Measurements]
     lines = []
     if comparisons:
         columns = ["lora-bench", "reference", "pairs/s", "reference", "ratio", "target"]
-        columns += ["peak MB", "reference", "ratio", "GFLOP/s", "of peak"]
+        columns += ["peak MB", "reference", "ratio", "GFLOP/s", "roofline"]
         lines += [f"| {' | '.join(columns)} |", "| --- | --- |" + " ---: |" * 9]
     for name, result in comparisons.items():
         ours, theirs = result["ours"], result["theirs"]
@@ -413,9 +399,16 @@ def main() -> None:
         [name for name in COMPARISONS if name in rows], options.data, options.pairs, options.rounds
     )
     own_rows = measure_own_rows(rows, options.data, options.pairs, options.rounds)
-    print(format_tables(comparisons, own_rows))
+    machine = describe_machine()
+    print(f"{machine}\n\n{format_tables(comparisons, own_rows)}")
     if options.json:
-        results = {"pairs": options.pairs, "rounds": options.rounds, "comparisons": comparisons, "own_rows": own_rows}
+        results = {
+            "machine": machine,
+            "pairs": options.pairs,
+            "rounds": options.rounds,
+            "comparisons": comparisons,
+            "own_rows": own_rows,
+        }
         options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 

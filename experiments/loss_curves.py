@@ -52,7 +52,8 @@ def train(overrides: list[str]) -> list[float]:
 
     config = compose(conf_folder(), "config", overrides)
     experiment = Experiment.build(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
-    _, splits, _ = load_splits(experiment.data)
+    data_settings, splits, _ = load_splits(experiment.data)
+    experiment = experiment.with_data([data_settings])
     device = resolve_device("auto")
     pack, _ = attach(experiment, device, resolve_precision("fp32", device))
     columns, length = experiment.data.text_columns, experiment.data.max_length
