@@ -338,8 +338,8 @@ class Trainer:
     """Examples per optimizer update."""
     micro_batch_size: int | None
     """Examples of each member per forward pass, in both orders where both are used; null: on a CPU chosen for speed."""
-    eval_batch_size: int
-    """Examples per forward pass of an evaluation."""
+    eval_batch_size: int | None
+    """Examples per forward pass of an evaluation; null: as many as have about 8,192 tokens."""
     eval_every: int | None
     """Steps between evaluations on the selection split; null: one per epoch. The last step is always evaluated."""
     main_metric: str | None
@@ -390,7 +390,7 @@ class Trainer:
     cuda_graphs: bool
     """On a GPU, capture forward and backward pass as a CUDA graph once per batch shape, and replay it."""
     threads: int | None
-    """CPU threads; null: torch's default."""
+    """CPU threads; null: as many as other programs leave free, at most torch's default (`OMP_NUM_THREADS`)."""
 
     def main_metric_of(self, data: Data) -> str:
         """Return the main metric of a task, whose label names are known: `main_metric`, or the default of its form.
@@ -415,10 +415,9 @@ class Trainer:
                 not checked here.
         """
         require_number("epochs", self.epochs, 0, open_low=True)
-        for name in ("batch_size", "eval_batch_size"):
-            require_number(name, getattr(self, name), 1)
+        require_number("batch_size", self.batch_size, 1)
         intervals = ("eval_every", "checkpoint_every", "early_stopping_patience")
-        for name in ("max_steps", "micro_batch_size", "threads", *intervals):
+        for name in ("max_steps", "micro_batch_size", "eval_batch_size", "threads", *intervals):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), 1)
         reason = f"is not one of {', '.join(OBJECTIVES)}"

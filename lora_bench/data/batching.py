@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # length depends on content (templates, genres). Measured in LOG.md.
 LENGTH_RATIO = 1.15
 SMALLEST_BUCKET = 2  # batches
+EVALUATION_TOKENS = 8192
+"""Tokens of an evaluation batch, padding included, if no batch size is set."""
 
 
 @dataclass(frozen=True)
@@ -222,16 +224,26 @@ def _concatenate(first: Batch, second: Batch, order: Tensor) -> Batch:
     return replace(first, **both, full=first.full and second.full)
 
 
-def evaluation_batches(table: TokenTable, batch_size: int, pad_id: int) -> Iterator[tuple[Rows, Batch]]:
+def evaluation_batches(table: TokenTable, batch_size: int | None, pad_id: int) -> Iterator[tuple[Rows, Batch]]:
     """Yield every row once, longest first, as (row numbers, batch); each batch is padded to its longest row."""
     for rows in evaluation_rows(table, batch_size):
         yield rows, collate(table, rows, int(table.lengths[rows].max()), pad_id)
 
 
-def evaluation_rows(table: TokenTable, batch_size: int) -> list[Rows]:
-    """Return the row numbers of each evaluation batch; the first row of a batch is its longest."""
+def evaluation_rows(table: TokenTable, batch_size: int | None) -> list[Rows]:
+    """Return the row numbers of each evaluation batch; the first row of a batch is its longest.
+
+    Args:
+        table: whose rows are batched.
+        batch_size: rows of a batch; None: as many as have `EVALUATION_TOKENS`, padded to the longest of them.
+    """
     order = np.argsort(-table.lengths, kind="stable")
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches, start = [], 0
+    while start < len(order):
+        longest = int(table.lengths[order[start]])
+        batches.append(order[start : start + (batch_size or max(1, EVALUATION_TOKENS // longest))])
+        start += len(batches[-1])
+    return batches
 
 
 def micro_batches(batch: Batch, pairs: int) -> Iterator[Batch]:

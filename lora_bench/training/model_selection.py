@@ -40,7 +40,7 @@ def evaluate_members(
     pack: Pack,
     mixtures: Sequence[TaskMixture],
     members: Sequence[int],
-    batch_size: int,
+    batch_size: int | None,
     processes: Processes = SINGLE_PROCESS,
 ) -> dict[int, EvaluationResult]:
     """Evaluate these members, with their current weights, on the selection splits of all tasks that they learn.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    pack: Pack, table: TokenTable, batch_size: int, processes: Processes = SINGLE_PROCESS
+    pack: Pack, table: TokenTable, batch_size: int | None, processes: Processes = SINGLE_PROCESS
 ) -> NDArray[np.float64]:
     """Return the scores of every row for every active member, in the table's order, not calibrated.
 
@@ -46,7 +46,7 @@ def predict(
 
 @torch.no_grad()
 def _score_view(
-    pack: Pack, table: TokenTable, batch_size: int, processes: Processes, progress: Stage
+    pack: Pack, table: TokenTable, batch_size: int | None, processes: Processes, progress: Stage
 ) -> NDArray[np.float64]:
     """Return the scores of every row as the table has it, without its `reversed_view`: see `predict`."""
     outputs = pack.outputs(pack.active[0], table.head)

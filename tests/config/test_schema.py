@@ -213,7 +213,7 @@ RANGES = [
     ("ensemble", "vary", [["init"], ["order", "init"]], [[], ["luck"], None]),
     ("pack", "size", [None, 1], [0]),
     ("pack", "memory_bytes", [None, 1], [0, 0.5]),
-    ("trainer", "eval_batch_size", [1], [0, None]),
+    ("trainer", "eval_batch_size", [None, 1], [0]),
     ("trainer", "eval_every", [None, 1], [0]),
     ("trainer", "early_stopping_patience", [None, 1], [0]),
     ("trainer", "quantization_kernels", ["auto", "torch"], ["triton", None]),

@@ -58,7 +58,7 @@ def test_members_that_pass_one_after_another_have_portions_as_if_alone(
     for size in (1, 3):
         pack = packed(backbone(), *[spy()] * size)
         batch, requests = random_batch(pack.backbone), []
-        monkeypatch.setattr(micro_batching, "QUICK_TOKENS", 2 * batch.input_ids.shape[1])
+        monkeypatch.setitem(micro_batching.QUICK_TOKENS, "training", 2 * batch.input_ids.shape[1])
         in_micro_batches(pack, batch, None, requests.append)
         assert requests == [2]
 
