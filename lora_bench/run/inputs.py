@@ -12,6 +12,7 @@ from lora_bench.backbones.bitsandbytes_kernels import choose_kernels
 from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.backbones.quantized_network import Quantization
 from lora_bench.console.stages import stage
+from lora_bench.console.text import note
 from lora_bench.data import sources
 from lora_bench.data.augmentation import training_tables
 from lora_bench.data.tokenization import TokenTable, scoring_table, truncation_notes
@@ -24,6 +25,7 @@ from lora_bench.training.memory import keep_freed_memory
 from lora_bench.training.padding import check_padding
 from lora_bench.training.precision import resolve_device, resolve_precision
 from lora_bench.training.task_mixture import TaskData, TaskMixture
+from lora_bench.training.threads import Load, fit_threads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -177,7 +179,8 @@ class SharedInputs:
     def load(cls, experiment: Experiment, processes: Processes = SINGLE_PROCESS) -> SharedInputs:
         """Load data and backbone, and tokenize the data.
 
-        For the process it also sets `trainer.threads` and makes the allocator keep freed memory.
+        For the process it also sets the number of threads (`trainer.threads`, or those that the load leaves free) and
+        makes the allocator keep freed memory.
 
         Args:
             experiment: the settings.
@@ -186,7 +189,7 @@ class SharedInputs:
         Raises:
             UserError: the data or the backbone cannot be loaded, or they do not fit together.
         """
-        trainer = experiment.trainer
+        trainer, earlier = experiment.trainer, Load.now()
         keep_freed_memory()
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
@@ -200,6 +203,8 @@ class SharedInputs:
         precision = resolve_precision(trainer.precision, device)
         backbone, sha256 = load_backbone(experiment, device, precision, shards=shards)
         tasks = {name: Task.read(*loaded[name], backbone, trainer, head=i) for i, name in enumerate(loaded)}
+        if not trainer.threads and device.type == "cpu" and (text := fit_threads(earlier)) and processes.is_leader:
+            note(text)
         return cls(backbone, sha256, tasks)
 
 

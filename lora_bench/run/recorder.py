@@ -16,7 +16,7 @@ from lora_bench.config.metric_names import display_name
 from lora_bench.console.format import format_number
 from lora_bench.console.progress import show_result
 from lora_bench.console.stages import stage
-from lora_bench.console.text import sanitise
+from lora_bench.console.text import note, sanitise
 from lora_bench.errors import Code, LostFolderError, RunFailedError, UserError, shell_argument
 from lora_bench.evaluation.chance import failure_notes
 from lora_bench.records import environment
@@ -28,6 +28,7 @@ from lora_bench.training.distributed import SINGLE_PROCESS, Processes
 from lora_bench.training.member_run import isolate_failure
 from lora_bench.training.objective import order_note
 from lora_bench.training.prediction import predict
+from lora_bench.training.threads import StarvationWatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,6 +71,7 @@ class Recorder:
     environment_notes: list[str] = field(default_factory=list)
     """On resumed runs whose environment has changed."""
     callbacks: CallbackCaller = field(default_factory=CallbackCaller)
+    starvation: StarvationWatch = field(default_factory=StarvationWatch)
 
     def __enter__(self) -> Recorder:
         return self
@@ -222,6 +224,8 @@ class Recorder:
             self.callbacks.stepped(run, step, run_losses, pairs)
         if self.display:
             self.display.stepped(step, losses, pairs)
+            if text := self.starvation.update():
+                note(text)
 
     def evaluated(self, member: int, line: dict[str, Any]) -> None:
         """Log a member's evaluation in the record of its run, with several tasks a line for each, and show it.
