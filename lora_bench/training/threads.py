@@ -98,18 +98,21 @@ class StarvationWatch:
 
     def update(self) -> str | None:
         """Return a note, once, if the threads starved for `WINDOW_SECONDS`; otherwise None."""
-        now, threads = Load.now(), torch.get_num_threads()
-        if self._has_reported or threads == 1 or now is None or self._earlier is None:
+        threads = torch.get_num_threads()
+        if self._has_reported or threads == 1 or self._earlier is None:
             return None
-        if now.wall - self._earlier.wall < WINDOW_SECONDS:
+        if time.monotonic() - self._earlier.wall < WINDOW_SECONDS:  # reading a load costs at every step
+            return None
+        now, usable = Load.now(), usable_processors()
+        if now is None:
             return None
         others = now.others_since(self._earlier)
         self._earlier = now
-        if others < BUSY_PROCESSORS or usable_processors() - others > threads - BUSY_PROCESSORS:
+        if others < BUSY_PROCESSORS or usable - others > threads - BUSY_PROCESSORS:
             return None
         self._has_reported = True
-        fewer = max(1, usable_processors() - round(others))
+        fewer = max(1, usable - round(others))
         return (
-            f"{threads} threads wait for one another: other programs keep {others:.1f} of {usable_processors()} "
+            f"{threads} threads wait for one another: other programs keep {others:.1f} of {usable} "
             f"processors busy. Stop with Ctrl-C and resume with OMP_NUM_THREADS={fewer} set to train faster."
         )

@@ -27,6 +27,7 @@ def four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def at(monkeypatch: pytest.MonkeyPatch, **load: float) -> None:
     monkeypatch.setattr(threads.Load, "now", classmethod(lambda cls: Load(**load)))
+    monkeypatch.setattr(threads.time, "monotonic", lambda: load["wall"])
 
 
 @pytest.mark.parametrize(
