@@ -68,8 +68,7 @@ def run_trainer(workload: Workload, data: str, pairs: int) -> dict[str, float]:
 
     transformers.logging.set_verbosity_error()
     experiment = epoch_experiment(data, pairs)
-    data_settings, splits, _ = load_splits(experiment.data)
-    experiment = experiment.with_data([data_settings])
+    _, splits, _ = load_splits(experiment.data)
     folder = locate(experiment.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     padding: dict[str, Any] = {"padding": "max_length"} if workload.run_glue_defaults else {}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_bench.errors import require_number
+from lora_bench.errors import require, require_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,11 +87,11 @@ class Adapter(ABC):
     trains_backbone = False
     """Whether the backbone's own weights are trained: such a method has no frozen backbone to share."""
     is_external = False
-    """Whether layers of another library compute it. A sweep trains such runs one by one, and without CUDA graphs."""
+    """True if layers of another library compute it: a sweep trains such runs one by one, without CUDA graphs."""
     mixes_positions = False
-    """Whether it computes with averages over positions, so that none may be left out of the last layer."""
+    """True if it averages over positions: the last layer then computes all of them."""
     is_in_peft_format = False
-    """Whether every tensor of its file is one that PEFT reads."""
+    """True if PEFT reads every tensor of its adapter file."""
 
     def __post_init__(self) -> None:
         require_number("default_lr", self.default_lr, 0, open_low=True)
@@ -199,3 +199,8 @@ class Adapter(ABC):
         """Return whether the tensors after update `step` may be kept as the best: not while ranks are being pruned.
         True at the last update."""
         return True
+
+
+def require_dropout(dropout: float) -> None:
+    """Refuse a dropout probability outside [0, 1), under the key `dropout`."""
+    require(0 <= dropout < 1, "dropout", dropout, "must be at least 0 and below 1")

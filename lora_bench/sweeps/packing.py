@@ -208,8 +208,8 @@ def split_into_packs(
         except Exception as error:
             ended(job, error)
             continue
-        place = measured[key].depth, experiment.adapter.is_external
-        jobs_by_depth.setdefault(place, []).append((job, measured[key]))
+        depth_and_library = measured[key].depth, experiment.adapter.is_external
+        jobs_by_depth.setdefault(depth_and_library, []).append((job, measured[key]))
     settings = group.experiments[0].pack
     free = SHARE_OF_FREE * free_bytes(inputs.backbone.device) / sharing
     is_cpu_default = settings.size is None and not settings.halving and inputs.backbone.device.type == "cpu"

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_bench.adapters.base import Update
+from lora_bench.adapters.base import Update, require_dropout
 from lora_bench.adapters.lowrank.allocation import cubic_budget, keep_top
 from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.targets import LinearAdapter, require_rank
@@ -61,7 +61,7 @@ class AdaLoRA(LinearAdapter):
         super().__post_init__()
         require_number("rank", self.rank, 1)
         require_number("alpha", self.alpha, 0, open_low=True)
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1")
+        require_dropout(self.dropout)
         if self.init_rank is not None:
             require_number("init_rank", self.init_rank, 1)
             require(

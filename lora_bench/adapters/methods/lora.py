@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_bench.adapters.base import require_dropout
 from lora_bench.adapters.lowrank import allocation, calibration_batches
 from lora_bench.adapters.lowrank import init as inits
 from lora_bench.adapters.lowrank.linear import LowRank
@@ -93,7 +94,7 @@ class LoRA(LinearAdapter):
         super().__post_init__()
         require_number("rank", self.rank, 1)
         require_number("alpha", self.alpha, 0, open_low=True)
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1")
+        require_dropout(self.dropout)
         require_one_of("scaling", self.scaling, tuple(_SCALINGS))
         require_one_of("init", self.init, inits.NAMES)
         require_number("calibration_batches", self.calibration_batches, 1)

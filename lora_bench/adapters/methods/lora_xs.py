@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_bench.adapters.base import Update
+from lora_bench.adapters.base import Update, require_dropout
 from lora_bench.adapters.lowrank.init import singular_triplets
 from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.targets import LinearAdapter, require_rank
-from lora_bench.errors import require, require_number
+from lora_bench.errors import require_number
 
 SIGMA = 1e-5
 """Standard deviation of the initial R, as in the paper."""
@@ -45,7 +45,7 @@ class LoRAXS(LinearAdapter):
         super().__post_init__()
         require_number("rank", self.rank, 1)
         require_number("alpha", self.alpha, 0, open_low=True)
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1")
+        require_dropout(self.dropout)
 
     def update(
         self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_bench.adapters.base import Update
+from lora_bench.adapters.base import Update, require_dropout
 from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.targets import LinearAdapter
 from lora_bench.errors import require, require_number
@@ -35,7 +35,7 @@ class MiSS(LinearAdapter):
         """Refuse a rank below 1, and a dropout outside [0, 1)."""
         super().__post_init__()
         require_number("rank", self.rank, 1)
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1")
+        require_dropout(self.dropout)
 
     def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> MiSSUpdate:
         """Return the update of a linear, which is zero; a rank above its inputs is a `UserError`."""

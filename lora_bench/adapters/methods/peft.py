@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from lora_bench.adapters.base import require_dropout
 from lora_bench.adapters.peft import catalogue
 from lora_bench.adapters.peft.injection import Frame, InjectedUpdate, inject
 from lora_bench.adapters.targets import LinearAdapter, match_targets
@@ -58,7 +59,8 @@ class PEFT(LinearAdapter):
             require_number("rank", self.rank, 1)
         if self.alpha is not None:
             require_number("alpha", self.alpha, 0, open_low=True)
-        require(0 <= (self.dropout or 0) < 1, "dropout", self.dropout, "must be at least 0 and below 1")
+        if self.dropout is not None:
+            require_dropout(self.dropout)
         for key in self.fields:
             known = key in _MAPPED
             require(known, f"fields.{key}", self.fields[key], f"is none of {', '.join(_MAPPED)}")

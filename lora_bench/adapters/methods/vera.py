@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_bench.adapters.base import Update
+from lora_bench.adapters.base import Update, require_dropout
 from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.targets import LinearAdapter
-from lora_bench.errors import require, require_number
+from lora_bench.errors import require_number
 
 if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone
@@ -44,7 +44,7 @@ class VeRA(LinearAdapter):
         super().__post_init__()
         require_number("rank", self.rank, 1)
         require_number("d_initial", self.d_initial, 0, open_low=True)  # beside b = 0, d = 0 would never get a gradient
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1")
+        require_dropout(self.dropout)
 
     def updates(
         self,

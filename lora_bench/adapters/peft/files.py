@@ -120,9 +120,9 @@ def load(folder: Path, pack: Pack, member: int, *, with_head: bool = True) -> No
         except UserError as error:
             raise UserError(error.reason, file=path, code=Code.DAMAGED) from None
         return
-    own = _saved(pack, member)
-    integers = {name for name, tensor in own.items() if tensor.dtype not in FLOATS}
-    refuse_misfits(path, tensors, {name: tuple(tensor.shape) for name, tensor in own.items()}, integers)
+    expected = _saved(pack, member)
+    integers = {name for name, tensor in expected.items() if tensor.dtype not in FLOATS}
+    refuse_misfits(path, tensors, {name: tuple(tensor.shape) for name, tensor in expected.items()}, integers)
     unprefixed = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     with torch.no_grad():
         for name, p in heads.items():
