@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_bench.errors import require, require_number
+from lora_bench.errors import require_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -199,8 +199,3 @@ class Adapter(ABC):
         """Return whether the tensors after update `step` may be kept as the best: not while ranks are being pruned.
         True at the last update."""
         return True
-
-
-def require_dropout(dropout: float) -> None:
-    """Refuse a dropout probability outside [0, 1), under the key `dropout`."""
-    require(0 <= dropout < 1, "dropout", dropout, "must be at least 0 and below 1")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.adapters.base import Adapter
 from lora_bench.adapters.patterns import limited_matching
+from lora_bench.config.adapter_values import LAYERS_REMEDY, check_values
 from lora_bench.errors import Code, UserError, require
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lora_bench.backbones.base import Backbone
-
-_LAYERS_REMEDY = "For example adapter.layers=top:2 or 'adapter.layers=[0,1]'."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +35,7 @@ class LinearAdapter(Adapter):
         Which layers exist is checked in `targets`, as it depends on the backbone.
         """
         super().__post_init__()
-        # Which layers there are, the backbone says later; a sweep's last job is refused for its kind of value now.
-        listed = isinstance(self.layers, list | tuple) and all(type(i) is int for i in self.layers)
-        reason = "is neither all, nor top:n, nor a list of layer numbers"
-        require(isinstance(self.layers, str) or listed, "layers", self.layers, reason, _LAYERS_REMEDY)
+        check_values({"layers": self.layers})
 
     def targets(self, backbone: Backbone) -> list[str]:
         return match_targets(backbone, self.target_modules, self.layers)
@@ -189,7 +185,7 @@ def _match_layers(layers: Any, count: int, stacks: Mapping[str, range]) -> set[i
         f"is neither all, nor top:n with n from 1 to {count}, nor a list of layers from 0 to {count - 1}{listed}",
         key="layers",
         value=layers,
-        remedy=_LAYERS_REMEDY,
+        remedy=LAYERS_REMEDY,
         code=Code.INVALID_VALUE,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -57,13 +57,7 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
     prefix = f"{key}." if key else ""
     names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     _check_names(node, names, prefix)
-    try:
-        values = OmegaConf.to_container(node, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(
-            str(error).splitlines()[0].rstrip("."), key=error.full_key or key, code=Code.INVALID_VALUE
-        ) from None
-    assert isinstance(values, dict)
+    values = resolved(node, key)
     settings = OmegaConf.structured(cls)
     OmegaConf.set_readonly(settings, False)  # the finished dataclass is frozen
     for name, value in values.items():
@@ -83,6 +77,18 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
         ) from None
     assert isinstance(result, cls)
     return result
+
+
+def resolved(node: DictConfig, key: str) -> dict[str, Any]:
+    """Return the values of a config node, with its interpolations resolved; raises like `build`."""
+    try:
+        values = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(
+            str(error).splitlines()[0].rstrip("."), key=error.full_key or key, code=Code.INVALID_VALUE
+        ) from None
+    assert isinstance(values, dict)
+    return {str(name): value for name, value in values.items()}
 
 
 def _check_names(node: DictConfig, names: Collection[str], prefix: str = "") -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_bench.adapters.methods import check_settings
 from lora_bench.backbones.families import build_model
-from lora_bench.config.build import build, build_annotations, build_data
+from lora_bench.config.build import build, build_annotations, build_data, resolved
 from lora_bench.config.schema import Data, Ensemble, Head, Optimizer, Packing, Trainer
 from lora_bench.errors import Code, require
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run that are built without torch: all but its adapter, metrics and trackers."""
+    """The settings of a run that are built without torch: all but its adapter, metrics and trackers.
+
+    The values of the adapter's settings are checked, too.
+    """
 
     data: Data
     model: Family
@@ -40,6 +44,7 @@ class Settings:
         has_method = "method" in (cfg.get("adapter") or {})
         build_annotations(cfg)  # only the record has them
         require(has_method, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)
+        check_settings(resolved(cfg.adapter, "adapter"))
         return cls(
             data=build_data(cfg.data),  # first: the model's label words are those of the data
             model=build_model(cfg.model),

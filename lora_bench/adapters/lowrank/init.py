@@ -165,7 +165,6 @@ DAMPED = ("lora_ga", "lora_one")
 """Initialisations with a γ."""
 SUBTRACTED = frozenset({"pissa", "milora", "olora", "lora_ga"})
 """Initialisations that are subtracted again, so that the function begins as the backbone's own."""
-NAMES = ("kaiming", "gaussian", *FROM_WEIGHT, "loftq", *FROM_DATA)
 
 
 # -- linear algebra --

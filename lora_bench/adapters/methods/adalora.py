@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_bench.adapters.base import Update, require_dropout
+from lora_bench.adapters.base import Update
 from lora_bench.adapters.lowrank.allocation import cubic_budget, keep_top
 from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.targets import LinearAdapter, require_rank
-from lora_bench.errors import Code, require, require_number
+from lora_bench.config.adapter_values import check_values
+from lora_bench.errors import Code, require
 
 if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone
@@ -59,11 +60,8 @@ class AdaLoRA(LinearAdapter):
     def __post_init__(self) -> None:
         """Refuse values out of range, an `init_rank` below `rank`, and phases that leave no steps to prune in."""
         super().__post_init__()
-        require_number("rank", self.rank, 1)
-        require_number("alpha", self.alpha, 0, open_low=True)
-        require_dropout(self.dropout)
+        check_values(vars(self))
         if self.init_rank is not None:
-            require_number("init_rank", self.init_rank, 1)
             require(
                 self.init_rank >= self.rank,
                 "init_rank",
@@ -71,11 +69,6 @@ class AdaLoRA(LinearAdapter):
                 f"is below rank={self.rank}, the average that pruning is to end with",
                 code=Code.CONFLICT,
             )
-        require_number("orthogonality", self.orthogonality, 0)
-        require_number("beta1", self.beta1, 0, 0.999999)
-        require_number("beta2", self.beta2, 0, 0.999999)
-        require_number("warmup", self.warmup, 0, 1)
-        require_number("final", self.final, 0, 1)
         require(
             self.warmup + self.final < 1,
             "final",
@@ -84,7 +77,6 @@ class AdaLoRA(LinearAdapter):
             "The two shares must add up to less than 1.",
             code=Code.CONFLICT,
         )
-        require_number("interval", self.interval, 1)
 
     @property
     def first_rank(self) -> int:

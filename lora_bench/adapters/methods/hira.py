@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_bench.adapters.base import Update, require_dropout
+from lora_bench.adapters.base import Update
 from lora_bench.adapters.lowrank.init import random_A
 from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.targets import LinearAdapter, require_rank
 from lora_bench.backbones.quantized_modules import quantized_weight
-from lora_bench.errors import require_number
+from lora_bench.config.adapter_values import check_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,7 @@ class HiRA(LinearAdapter):
     def __post_init__(self) -> None:
         """Refuse a rank below 1, and a dropout outside [0, 1)."""
         super().__post_init__()
-        require_number("rank", self.rank, 1)
-        require_dropout(self.dropout)
+        check_values(vars(self))
 
     def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> HiRAUpdate:
         """Return the update of a linear, with a random A, and B at zero; without `init` A is zero, too.

@@ -33,14 +33,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_bench.adapters.base import require_dropout
 from lora_bench.adapters.lowrank import allocation, calibration_batches
 from lora_bench.adapters.lowrank import init as inits
 from lora_bench.adapters.lowrank.linear import LowRank
 from lora_bench.adapters.lowrank.loftq import loftq
 from lora_bench.adapters.targets import LinearAdapter, largest_rank, require_rank
-from lora_bench.backbones.quantization import QUANT_TYPES, quantize
-from lora_bench.errors import Code, UserError, require, require_number, require_one_of
+from lora_bench.backbones.quantization import quantize
+from lora_bench.config.adapter_values import check_values
+from lora_bench.errors import Code, UserError, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,41 +92,8 @@ class LoRA(LinearAdapter):
     def __post_init__(self) -> None:
         """Refuse values out of range, unknown names and contradictory settings, with keys relative to `adapter`."""
         super().__post_init__()
-        require_number("rank", self.rank, 1)
-        require_number("alpha", self.alpha, 0, open_low=True)
-        require_dropout(self.dropout)
-        require_one_of("scaling", self.scaling, tuple(_SCALINGS))
-        require_one_of("init", self.init, inits.NAMES)
-        require_number("calibration_batches", self.calibration_batches, 1)
-        require_number("lr_ratio", self.lr_ratio, 0, open_low=True)
-        if self.weight_decay_B is not None:
-            require_number("weight_decay_B", self.weight_decay_B, 0)
-        if self.quantize is not None:
-            require_one_of("quantize", self.quantize, QUANT_TYPES)
-        if self.init_gamma is not None:
-            require_number("init_gamma", self.init_gamma, 0, open_low=True)
-        self._check_allocation()
+        check_values(vars(self))
         self._check_combinations()
-
-    def _check_allocation(self) -> None:
-        """Refuse an allocation that is neither a known name nor a list of texts.
-
-        The rules of a list are parsed in `updates`. `adalora` is refused with a remedy, since it is a method of its
-        own.
-        """
-        if not isinstance(self.allocation, str):
-            listed = isinstance(self.allocation, list | tuple) and all(isinstance(r, str) for r in self.allocation)
-            require(listed, "allocation", self.allocation, "is neither a name nor a list of expression=rank")
-            return
-        require(
-            self.allocation != "adalora",
-            "allocation",
-            self.allocation,
-            "prunes ranks during training, which needs P diag(E) Q in place of B A",
-            "Take adapter=adalora.",
-            code=Code.CONFLICT,
-        )
-        require_one_of("allocation", self.allocation, ("uniform", *_DATA_DRIVEN))
 
     def _check_combinations(self) -> None:
         """Refuse settings that contradict each other.

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_bench.adapters.base import Update, require_dropout
+from lora_bench.adapters.base import Update
 from lora_bench.adapters.lowrank.init import singular_triplets
 from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.targets import LinearAdapter, require_rank
-from lora_bench.errors import require_number
+from lora_bench.config.adapter_values import check_values
 
 SIGMA = 1e-5
 """Standard deviation of the initial R, as in the paper."""
@@ -43,9 +43,7 @@ class LoRAXS(LinearAdapter):
     def __post_init__(self) -> None:
         """Refuse a rank below 1, an alpha that is not positive, and a dropout outside [0, 1)."""
         super().__post_init__()
-        require_number("rank", self.rank, 1)
-        require_number("alpha", self.alpha, 0, open_low=True)
-        require_dropout(self.dropout)
+        check_values(vars(self))
 
     def update(
         self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator

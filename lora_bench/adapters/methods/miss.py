@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_bench.adapters.base import Update, require_dropout
+from lora_bench.adapters.base import Update
 from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.targets import LinearAdapter
-from lora_bench.errors import require, require_number
+from lora_bench.config.adapter_values import check_values
+from lora_bench.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,7 @@ class MiSS(LinearAdapter):
     def __post_init__(self) -> None:
         """Refuse a rank below 1, and a dropout outside [0, 1)."""
         super().__post_init__()
-        require_number("rank", self.rank, 1)
-        require_dropout(self.dropout)
+        check_values(vars(self))
 
     def update(self, name: str, base: nn.Module, init: torch.Generator | None, dropout: torch.Generator) -> MiSSUpdate:
         """Return the update of a linear, which is zero; a rank above its inputs is a `UserError`."""

@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from lora_bench.adapters.base import require_dropout
 from lora_bench.adapters.peft import catalogue
 from lora_bench.adapters.peft.injection import Frame, InjectedUpdate, inject
 from lora_bench.adapters.targets import LinearAdapter, match_targets
-from lora_bench.errors import require, require_number
+from lora_bench.config.adapter_values import check_values
+from lora_bench.errors import require
 
 if TYPE_CHECKING:
     import torch
@@ -55,12 +55,7 @@ class PEFT(LinearAdapter):
             UserError: naming the key; PEFT is imported for it, and may be missing.
         """
         super().__post_init__()
-        if self.rank is not None:
-            require_number("rank", self.rank, 1)
-        if self.alpha is not None:
-            require_number("alpha", self.alpha, 0, open_low=True)
-        if self.dropout is not None:
-            require_dropout(self.dropout)
+        check_values(vars(self))
         for key in self.fields:
             known = key in _MAPPED
             require(known, f"fields.{key}", self.fields[key], f"is none of {', '.join(_MAPPED)}")

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_bench.adapters.base import Update, require_dropout
+from lora_bench.adapters.base import Update
 from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.targets import LinearAdapter
-from lora_bench.errors import require_number
+from lora_bench.config.adapter_values import check_values
 
 if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone
@@ -42,9 +42,7 @@ class VeRA(LinearAdapter):
     def __post_init__(self) -> None:
         """Refuse a rank below 1, a `d_initial` that is not positive, and a dropout outside [0, 1)."""
         super().__post_init__()
-        require_number("rank", self.rank, 1)
-        require_number("d_initial", self.d_initial, 0, open_low=True)  # beside b = 0, d = 0 would never get a gradient
-        require_dropout(self.dropout)
+        check_values(vars(self))
 
     def updates(
         self,

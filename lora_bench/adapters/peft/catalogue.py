@@ -1,6 +1,6 @@
 """The methods of the installed PEFT: which of them can be trained here, and what their settings are called.
 
-PEFT is imported by the functions, not with this module: it is an extra, and most runs do not need it.
+PEFT and torch are imported by the functions, not with this module: PEFT is an extra, and a refusal needs neither.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from enum import Enum
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from lora_bench.errors import Code, UserError, nearest
+from lora_bench.errors import Code, UserError, nearest, require
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,6 +73,12 @@ def is_installed() -> bool:
     return importlib.util.find_spec("peft") is not None
 
 
+def require_installed(peft_type: str) -> None:
+    """Refuse a method of PEFT if PEFT is not installed; the key is `peft_type`."""
+    reason, remedy = "needs PEFT, which is not installed", f"{INSTALL} installs it."
+    require(is_installed(), "peft_type", peft_type, reason, remedy, code=Code.MISSING_PACKAGE)
+
+
 def method_types() -> tuple[list[str], list[str]]:
     """Return the names of the installed PEFT's methods: those that can be trained here, and those that are refused."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -90,14 +94,7 @@ def config_class(peft_type: str) -> Any:
     Raises:
         UserError: PEFT is not installed or has no such method, or the method does not fit; the key is `peft_type`.
     """
-    if not is_installed():
-        raise UserError(
-            "needs PEFT, which is not installed",
-            key="peft_type",
-            value=peft_type,
-            remedy=f"{INSTALL} installs it.",
-            code=Code.MISSING_PACKAGE,
-        )
+    require_installed(peft_type)
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     trainable, refused = method_types()
@@ -242,6 +239,8 @@ def draws_in_training(config: Any) -> bool:
 
 def norms(backbone: Backbone) -> list[str]:
     """Return the names of the norms of the layers, with or without a bias, in the order of computation."""
+    from torch import Tensor
+
     names = []
     for _, path, layer in backbone.layer_modules():
         for name, module in layer.named_modules():

@@ -19,6 +19,7 @@ from lora_bench.adapters.lowrank import init
 from lora_bench.adapters.lowrank.calibration_batches import weight_gradients
 from lora_bench.adapters.lowrank.linear import LowRank
 from lora_bench.adapters.pack.member import stream
+from lora_bench.config.adapter_values import INITS
 from tests.adapters.tools import adapter, assert_close, pack, tables, trainer
 from tests.backbones.tools import FORMS, random_batch
 from tests.training.tools import prepare
@@ -73,7 +74,8 @@ def test_random_starts_are_drawn_as_peft_draws_them(name: str, theirs: Any) -> N
 def test_no_start_touches_the_global_random_stream() -> None:
     before = torch.get_rng_state()
     generator = stream(0, "adapter")
-    for name in init.NAMES:
+    assert set(INITS) == {"kaiming", "gaussian", "loftq", *init.FROM_WEIGHT, *init.FROM_DATA}
+    for name in INITS:
         assert init.random_A(name, 4, 40, generator).shape == (4, 40)
     for from_weight in init.FROM_WEIGHT.values():
         from_weight(matrix(24, 40), 4, 2.0)
