@@ -42,8 +42,8 @@ def find_run(reference: str | Path, key: str, *, finished: bool = False) -> Path
     Raises:
         UserError: no run has this name or id, or several have an id with these first digits.
     """
-    if _is_folder(text := str(reference)):
-        return Path(reference)
+    if _is_folder(text := _without_key(reference)):
+        return Path(text)
     return choose_run(text, _runs_below_top(), key, finished=finished).folder
 
 
@@ -62,8 +62,8 @@ def find_folder(reference: str | Path, key: str) -> Path:
     A run's name is that of its sweep if the sweep was started with it. `last` is the newest sweep or run outside of a
     sweep, and an id always names one run.
     """
-    if _is_folder(text := str(reference)):
-        return Path(reference)
+    if _is_folder(text := _without_key(reference)):
+        return Path(text)
     runs = _runs_below_top()
     named = runs if text == LAST else [run for run in runs if run.name == text]
     sweep = sweep_of(named[-1].folder) if named else None
@@ -115,6 +115,12 @@ def match_runs(reference: str, runs: Sequence[StoredRun]) -> list[StoredRun]:
 def sweep_of(run: Path) -> Path | None:
     """Return the folder of the sweep that a run's folder belongs to; None for a single run."""
     return next((above for above in run.parents if sweep_folder.is_sweep(above)), None)
+
+
+def _without_key(reference: str | Path) -> str:
+    """Return a reference without `run=`, which other commands need, unless a file has the whole name."""
+    text = str(reference)
+    return text if Path(text).exists() else text.removeprefix("run=")
 
 
 def _is_folder(reference: str) -> bool:

@@ -39,6 +39,7 @@ def runs(in_tmp: Path) -> None:
     ("reference", "finished", "folder"),
     [
         ("baseline", False, SECOND),
+        ("run=baseline", False, SECOND),
         ("abc0", False, FIRST),
         ("D0000", False, FAILED),
         ("last", False, FAILED),
@@ -71,7 +72,9 @@ def test_the_name_of_a_sweep_names_all_of_it() -> None:
     sweep = Path("outputs/sweeps/2026-01-01/00-00-00-000000")
     assert find_folder("grid", "compare") == sweep
     assert find_folder(ids(sweep / "1")[0], "compare") == sweep / "1"
-    assert find_folder("last", "compare") == FAILED
+    assert find_folder("last", "compare") == find_folder("run=last", "rm") == FAILED
+    Path("run=last").mkdir()
+    assert find_folder("run=last", "rm") == Path("run=last")
 
 
 def test_each_job_of_a_sweep_has_an_id_that_a_move_keeps(in_tmp: Path) -> None:
