@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 
@@ -14,7 +15,10 @@ def main() -> int:
         return 0
     from lora_bench.cli import main as run
 
-    return run()
+    try:
+        return run()
+    finally:
+        gc.freeze()  # the process ends: a last search for garbage would take up to a second
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ shows nothing. This module imports nothing heavy.
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -24,7 +25,6 @@ from lora_bench.console.text import sanitise, stdout_console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from contextlib import AbstractContextManager
     from types import TracebackType
 
     from rich.progress import ProgressColumn
@@ -251,9 +251,22 @@ def stage(name: str, total: float | None = None, unit: str = "", *, done: float 
         yield shown
 
 
-def importing_libraries() -> AbstractContextManager[Stage]:
-    """Show that torch and transformers are imported, which takes seconds."""
-    return stage("importing torch and transformers")
+@contextmanager
+def importing_libraries() -> Iterator[Stage]:
+    """Show that torch and transformers are imported, which takes seconds.
+
+    The garbage collector is paused, and what was imported is exempted from it afterwards: it would search a growing
+    heap again and again, in which nothing is garbage.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with stage("importing torch and transformers") as shown:
+            yield shown
+        gc.freeze()
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def current_console() -> Console:

@@ -22,6 +22,7 @@ from lora_bench.console.stages import stage
 from lora_bench.data.text_positions import TextPositions
 from lora_bench.data.truncation import kept_positions
 from lora_bench.errors import Code, UserError
+from lora_bench.files.arrow import to_arrow, to_numpy
 from lora_bench.files.cache import CacheFiles, token_limit_bytes
 
 if TYPE_CHECKING:
@@ -152,9 +153,9 @@ class Encoding:
             columns[TYPES.name] = flat_types
         if positions is not None:
             columns[TEXTS.name] = np.concatenate(text_ids)
-        offsets = pa.array(np.concatenate([[0], *lengths]).cumsum(), pa.int32())
-        lists = {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in columns.items()}
-        batch = pa.RecordBatch.from_pydict(lists)
+        offsets = to_arrow(np.concatenate([[0], *lengths]).cumsum().astype(np.int32))
+        lists = {name: pa.ListArray.from_arrays(offsets, to_arrow(values)) for name, values in columns.items()}
+        batch = pa.RecordBatch.from_arrays(list(lists.values()), names=list(lists))
         return batch.replace_schema_metadata({name: str(count) for name, count in counts.items()})
 
     def _encode_in_chunks(self) -> Iterator[list[Any]]:
@@ -206,7 +207,7 @@ class Encoding:
         if batch.schema.remove_metadata() != pa.schema(fields) or any(c.null_count for c in batch.columns):
             raise ValueError("holds other columns than tokens have")
         ids, *_ = [column.values for column in batch.columns]
-        offsets, *other_offsets = [column.offsets.to_numpy() for column in batch.columns]
+        offsets, *other_offsets = [to_numpy(column.offsets) for column in batch.columns]
         flat = ids.null_count == 0 and offsets[0] == 0 and offsets[-1] == len(ids)
         lengths = np.diff(offsets)
         widest = int(lengths.max(initial=0))
@@ -275,7 +276,7 @@ def read_counts(batch: pa.RecordBatch) -> tuple[int, ...]:
 
 def _outside(values: pa.Array, highest: int) -> bool:
     """Return whether a value is missing, negative or above the highest; False if there are no values."""
-    numbers = values.to_numpy() if values.null_count == 0 else np.array([-1])
+    numbers = to_numpy(values) if values.null_count == 0 else np.array([-1])
     return bool(len(numbers)) and not 0 <= numbers.min() <= numbers.max() <= highest
 
 

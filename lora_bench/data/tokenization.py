@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_bench.data.encoding import IDS, TEXTS, TYPES, Encoding, read_counts
 from lora_bench.errors import Code, UserError
+from lora_bench.files.arrow import to_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -137,13 +138,13 @@ def tokenize(
     batch = encoding.tokens(cached=cached)
     truncated, longest, fallback = read_counts(batch)
     tokens = batch.column(IDS.name)
-    offsets = tokens.offsets.to_numpy().astype(np.int64)
+    offsets = to_numpy(tokens.offsets).astype(np.int64)
     types, text_ids = (
-        batch.column(field.name).values.to_numpy() if field.name in batch.schema.names else None
+        to_numpy(batch.column(field.name).values) if field.name in batch.schema.names else None
         for field in (TYPES, TEXTS)
     )
     return TokenTable(
-        values=tokens.values.to_numpy(),
+        values=to_numpy(tokens.values),
         offsets=offsets[:-1],
         lengths=np.diff(offsets),
         types=types,

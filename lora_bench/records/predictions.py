@@ -16,6 +16,7 @@ from lora_bench.evaluation import main_metric
 from lora_bench.evaluation.confusion import confusion_matrix
 from lora_bench.evaluation.scores import form_of
 from lora_bench.files import untrusted
+from lora_bench.files.arrow import to_arrow, to_numpy
 from lora_bench.records.run_folder import PREDICTIONS
 
 if TYPE_CHECKING:
@@ -114,14 +115,17 @@ def encode(ids: Column, labels: Column, scores: Column) -> bytes:
     labels = [None] * len(ids or ()) if labels is None else labels
     is_regression = _hold_floats(labels)
     # A NaN becomes null, as None does.
-    label_column = pa.array(labels, pa.float64() if is_regression else pa.int64(), from_pandas=is_regression)
-    columns = {_ID: pa.array(ids, pa.int64()), _LABEL: label_column}
+    if isinstance(labels, np.ndarray) and not is_regression:
+        label_column = to_arrow(labels.astype(np.int64))
+    else:
+        label_column = pa.array(labels, pa.float64() if is_regression else pa.int64(), from_pandas=is_regression)
+    columns = {_ID: to_arrow(np.asarray(ids, np.int64)), _LABEL: label_column}
     if np.ndim(scores) == 2:  # type: ignore[arg-type]
         probabilities = np.asarray(scores, np.float64)
-        flat = pa.array(probabilities.ravel())
+        flat = to_arrow(probabilities.ravel())
         columns[PROBABILITIES] = pa.FixedSizeListArray.from_arrays(flat, probabilities.shape[1])
     else:
-        columns[SCORE] = pa.array(scores, pa.float64())
+        columns[SCORE] = to_arrow(np.asarray(scores, np.float64))
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, write_page_checksum=True)
     content: bytes = sink.getvalue().to_pybytes()
@@ -190,24 +194,24 @@ def _read(file: IO[bytes]) -> Predictions:
         _require(count <= rows, f"it holds more than the {rows:,} rows that it declares")
         batches.append(batch)
     labelled = pa.Table.from_batches(batches).drop_null()
-    ids, labels = labelled[_ID].to_numpy(), labelled[_LABEL].to_numpy()
+    ids, labels = to_numpy(labelled[_ID]), to_numpy(labelled[_LABEL])
     if is_regression:
         known = ~np.isnan(labels)
         ids, labels, labelled = ids[known], labels[known], labelled.filter(pa.array(known))
     _require(len(ids) > 0, "no row has a label and a score")
     if is_regression:
-        scores = labelled[SCORE].to_numpy()
+        scores = to_numpy(labelled[SCORE])
         _require(bool(np.isfinite(labels).all()), "a label is not finite")
         _require(bool(np.isfinite(scores).all()), "a score is not finite")
     elif classes == 2:
-        scores = labelled[SCORE].to_numpy()
+        scores = to_numpy(labelled[SCORE])
         _require(bool(np.isin(labels, (0, 1)).all()), "a label is neither 0 nor 1")
         _require(bool(((scores >= 0) & (scores <= 1)).all()), "a score is not between 0 and 1")
     else:
         column = labelled[PROBABILITIES].combine_chunks()
         flat = column.flatten()
         _require(flat.null_count == 0 and len(flat) == len(ids) * classes, "one of the probabilities is missing")
-        scores = flat.to_numpy().reshape(-1, classes)
+        scores = to_numpy(flat).reshape(-1, classes)
         _require(bool(((labels >= 0) & (labels < classes)).all()), f"a label is not between 0 and {classes - 1}")
         _require(bool(((scores >= 0) & (scores <= 1)).all()), "one of the probabilities is not between 0 and 1")
         sums_to_1 = bool((np.abs(scores.sum(axis=1) - 1) <= SUM_TOLERANCE).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from lora_bench.console import stages
-from lora_bench.console.stages import show_progress, stage
+from lora_bench.console.stages import importing_libraries, show_progress, stage
 from lora_bench.files import hub
 
 
@@ -96,3 +97,10 @@ def test_downloads_of_the_hubs_libraries_are_stages() -> None:
         lines = wait_for(file, "downloading")
     assert lines[0].startswith("downloading model.safetensors  250 MB/500 MB  ")
     assert module.tqdm is before
+
+
+def test_the_garbage_collector_rests_while_libraries_are_imported() -> None:
+    assert gc.isenabled()
+    with importing_libraries():
+        assert not gc.isenabled()
+    assert gc.isenabled()
