@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_bench.data.batching import Batch, collate, evaluation_rows, training_batches
+from lora_bench.data.batching import Batch, BatchPlan, collate, evaluation_rows, training_batches
 from lora_bench.evaluation.cost import FlopModel, held_memory_bytes, peak_memory_bytes
 from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.member_run import MemberRun, clip_gradients
@@ -32,11 +32,11 @@ from lora_bench.training.task_mixture import TaskData, TaskMixture
 from lora_bench.training.training_state import gather
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from lora_bench.adapters.pack.pack import Pack
     from lora_bench.config.schema import Optimizer, Trainer
-    from lora_bench.data.batching import BatchPlan
+    from lora_bench.data.batching import Rows
     from lora_bench.data.tokenization import TokenTable
     from lora_bench.training.cuda_graphs import Backward
 
@@ -187,6 +187,20 @@ def _count_shapes(plan: BatchPlan, steps: int, seed: int) -> Counter[tuple[int, 
     return Counter((len(rows), length) for (rows,), length in islice(epochs, steps))
 
 
+@dataclass(frozen=True)
+class _FirstOfEachShape(BatchPlan):
+    """A plan whose epoch is the first batch of each chosen shape (pairs, tokens): the others are not collated."""
+
+    chosen: Sequence[tuple[int, int]] = ()
+
+    def epoch(self, epoch: int, seeds: Sequence[int]) -> Iterator[tuple[list[Rows], int]]:
+        missing = set(self.chosen)
+        for rows, length in super().epoch(epoch, seeds):
+            if (len(rows[0]), length) in missing:
+                missing.remove((len(rows[0]), length))
+                yield rows, length
+
+
 def _batches_of_shapes(
     pack: Pack, plan: BatchPlan, train: TokenTable, second_view: TokenTable | None, chosen: Sequence[tuple[int, int]]
 ) -> list[Batch]:
@@ -195,15 +209,12 @@ def _batches_of_shapes(
     If the pack reads its prefix from the cache, they have hidden states of zeros.
     """
     seed, pad_id = pack.members[0].seed, pack.backbone.tokenizer.pad_token_id
-    by_shape: dict[tuple[int, int], Batch] = {}
-    batches = training_batches(train, plan, [seed], 0, pad_id, second_view)
-    for ((rows,), length), batch in zip(plan.epoch(0, [seed]), batches, strict=True):
-        if (len(rows), length) in chosen:
-            by_shape.setdefault(
-                (len(rows), length), batch if pack.prefix_depth is None else _with_cached_prefix(pack, batch)
-            )
-        if len(by_shape) == len(chosen):
-            break
+    first = _FirstOfEachShape(plan.lengths, plan.batch_size, plan.multiple, chosen)
+    shapes = [(len(rows), length) for (rows,), length in first.epoch(0, [seed])]
+    batches = training_batches(train, first, [seed], 0, pad_id, second_view)
+    by_shape = dict(zip(shapes, batches, strict=True))
+    if pack.prefix_depth is not None:
+        by_shape = {shape: _with_cached_prefix(pack, batch) for shape, batch in by_shape.items()}
     return [by_shape[shape] for shape in chosen]
 
 
