@@ -42,7 +42,7 @@ def _shapes(pack: Any) -> str:
         for member, ranks in zip(pack.members, pack.assigned_ranks, strict=True)
     ]
     tensors = [(name, tuple(p.shape), p.requires_grad) for name, p in pack.network.named_parameters()]
-    settings = (type(backbone).__name__, backbone.template, backbone.words, backbone.device.type, pack.batched)
+    settings = (type(backbone).__name__, backbone.template, backbone.words, backbone.device.type, pack.group_size)
     return json.dumps([members, str(tensors), str(settings), config], sort_keys=True, default=str)
 
 

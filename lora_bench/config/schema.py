@@ -523,14 +523,15 @@ class Packing:
     """Packing of the jobs of a sweep on one backbone; it does not change what a job learns."""
 
     size: int | None
-    """Maximum jobs trained together; null: as many as fit into memory, 1: one after another."""
+    """Maximum jobs trained together; null: as many as fit into memory, on a CPU a few that adapt all layers; 1: one
+    after another."""
     memory_bytes: int | None
     """Maximum bytes that a pack takes; null: a fraction of the memory that is free when it starts."""
     workers: int | None
     """Processes that train the packs of a sweep; null: one for each GPU, one in all without a GPU."""
     halving: bool
-    """Successive halving: eliminate the worse half of a pack's jobs, by the main metric on the selection split, after
-    1/8, 1/4 and 1/2 of the steps."""
+    """Successive halving: eliminate the worse half of a pack's jobs after 1/8, 1/4 and 1/2 of the steps. AUROC on the
+    selection split ranks them, or the main metric of tasks without it."""
 
     def __post_init__(self) -> None:
         """Raise a `UserError` for a number below 1, or for `halving` with `size` 1, which leaves nothing to compare."""

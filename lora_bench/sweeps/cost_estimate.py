@@ -26,7 +26,7 @@ from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.cost import reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.settings import Experiment
-from lora_bench.sweeps.packing import assumed_ranks, group_jobs, memory_demand, split_into_packs
+from lora_bench.sweeps.packing import assumed_ranks, bytes_of, group_jobs, memory_demand, split_into_packs
 from lora_bench.sweeps.workers import Workers, split_group
 from lora_bench.train import prefix_of
 from lora_bench.training.checkpointing import set_checkpointing
@@ -218,14 +218,10 @@ def _pack_cost(
     members = [single for single, size in zip(estimates, sizes, strict=True) for _ in range(size)]
     demands = [memory_demand(inputs, experiment) for experiment in experiments]
     largest = max(range(len(jobs)), key=lambda j: estimates[j].peak_memory_bytes)
-    size = sizes[largest]
-    rest_of_largest = replace(
-        demands[largest], persistent_bytes=(size - 1) / size * demands[largest].persistent_bytes, step_bytes=0.0
+    one_of_largest = replace(
+        demands[largest], persistent_bytes=demands[largest].persistent_bytes / sizes[largest], members=1
     )
-    added = [demand if j != largest else rest_of_largest for j, demand in enumerate(demands)]
-    # On a CPU members run through the adapted layers one after another.
-    is_serial = inputs.backbone.device.type == "cpu"
-    added_bytes = sum(demand.persistent_bytes + (0.0 if is_serial else demand.step_bytes) for demand in added)
+    added_bytes = bytes_of(demands, inputs) - bytes_of([one_of_largest], inputs)
     fills = demands[0].depth not in depths
     depths.add(demands[0].depth)
     shared = 0.0 if members[0].prefix_flops else _shared(experiments, inputs)
@@ -251,7 +247,7 @@ def _shared(experiments: Sequence[Experiment], inputs: SharedInputs) -> float:
     if len(candidates) == 1 or len({member.seed_of("order") for member, _ in candidates}) > 1:
         return 0.0
     members = [replace(member, saved_ranks=assumed_ranks(adapter, inputs)) for member, adapter in candidates]
-    pack = Pack(inputs.backbone, members)
+    pack = Pack(inputs.backbone, members, batched=False)  # batched products would count the padding of ranks
     try:
         pack_flops = _flops(pack)
         single_flops = 0

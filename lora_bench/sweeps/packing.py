@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.adapters.pack.pack import Pack
+from lora_bench.adapters.pack.pack import Pack, cpu_group_size
 from lora_bench.config.canonical import settings_hash
 from lora_bench.console.format import format_number
 from lora_bench.console.progress import JobsDisplay
@@ -174,9 +173,11 @@ class MemoryDemand:
     persistent_bytes: float
     """Bytes held from step to step: parameters, gradients, optimizer state."""
     step_bytes: float
-    """Further bytes of one step: saved activations."""
+    """Further bytes of one member's step: saved activations."""
     depth: int
     """Number of layers below the first adapted one."""
+    members: int = 1
+    """Members that the job trains; above 1 in an ensemble."""
 
 
 def split_into_packs(
@@ -185,9 +186,8 @@ def split_into_packs(
     """Split a group into packs that fit this process's share of the memory.
 
     Members of a pack have prefixes of equal depth, which they compute once or read from the cache. A job whose method
-    is computed by another library gets a pack of its own. On a CPU they gain
-    nothing else: without a prefix each job is a single run, with its own time and memory, unless `pack.size` or
-    `pack.halving` requests packs.
+    is computed by another library gets a pack of its own. On a CPU jobs without a prefix gain only by passing the
+    layers together: a pack of them is one such group, unless `pack.size` or `pack.halving` requests other packs.
 
     Args:
         group: jobs that may share a backbone.
@@ -215,7 +215,11 @@ def split_into_packs(
     is_cpu_default = settings.size is None and not settings.halving and inputs.backbone.device.type == "cpu"
     packs = []
     for (depth, is_external), candidates in jobs_by_depth.items():
-        max_jobs = 1 if is_external or (is_cpu_default and depth == 0) else settings.size
+        max_jobs = settings.size
+        if is_external:
+            max_jobs = 1
+        elif is_cpu_default and depth == 0:
+            max_jobs = max(1, _at_once(inputs, len(candidates)) // candidates[0][1].members)
         packs += _within_memory(candidates, max_jobs, settings.memory_bytes, free, inputs, ended)
     return packs
 
@@ -242,21 +246,16 @@ def _within_memory(
         ended: called with a job that is left out, and the error.
     """
     bound = memory_bytes or free
-    is_serial = inputs.backbone.device.type == "cpu"  # members run through the adapted layers one after another
     packs: list[list[Job]] = []
-    used = 0.0
-    transient = 0.0
+    demands: list[MemoryDemand] = []  # of the last pack
     for job, demand in jobs:
-        transient = max(transient, demand.step_bytes) if is_serial else transient + demand.step_bytes
-        used += demand.persistent_bytes
-        if packs and len(packs[-1]) != max_jobs and used + transient <= bound:
+        if packs and packs[-1] and len(packs[-1]) != max_jobs and bytes_of([*demands, demand], inputs) <= bound:
             packs[-1].append(job)
+            demands.append(demand)
             continue
-        used, transient = demand.persistent_bytes, demand.step_bytes
-        if memory_bytes and used + transient > bound:
-            remedy = (
-                f"It needs about {format_number(used + transient, 'B')}; a smaller trainer.micro_batch_size needs less."
-            )
+        required = bytes_of([demand], inputs)
+        if memory_bytes and required > bound:
+            remedy = f"It needs about {format_number(required, 'B')}; a smaller trainer.micro_batch_size needs less."
             refusal = UserError(
                 "is too little for one job",
                 key="pack.memory_bytes",
@@ -265,10 +264,28 @@ def _within_memory(
                 code=Code.OUT_OF_MEMORY,
             )
             ended(job, refusal)
-            used, transient = math.inf, 0.0  # the next job starts a new pack
+            packs.append([])  # the next job starts a new pack
             continue
         packs.append([job])
-    return packs
+        demands = [demand]
+    return [pack for pack in packs if pack]
+
+
+def bytes_of(demands: Sequence[MemoryDemand], inputs: SharedInputs) -> float:
+    """Return the memory of a pack of these jobs: what all hold, and one step of the members that are computed at once.
+
+    Args:
+        demands: of the jobs.
+        inputs: give the backbone.
+    """
+    steps = sorted(demand.step_bytes for demand in demands for _ in range(demand.members))
+    return sum(demand.persistent_bytes for demand in demands) + sum(steps[-_at_once(inputs, len(steps)) :])
+
+
+def _at_once(inputs: SharedInputs, members: int) -> int:
+    """Return how many of a pack's members take a pass through the adapted layers together."""
+    is_cpu = inputs.backbone.device.type == "cpu"
+    return cpu_group_size(inputs.backbone, members) if is_cpu else members
 
 
 def assumed_ranks(adapter: Adapter, inputs: SharedInputs) -> dict[str, int]:
@@ -300,8 +317,7 @@ def memory_demand(inputs: SharedInputs, experiment: Experiment) -> MemoryDemand:
         row = saved_bytes(pack, 1, inputs.longest)
         member_bytes = BYTES_PER_PARAMETER * pack.count_parameters(0)["trainable"]
         size = experiment.size
-        at_once = 1 if inputs.backbone.device.type == "cpu" else size
-        return MemoryDemand(size * member_bytes, at_once * TRANSIENT * inputs.orders * pairs * row, pack.depth)
+        return MemoryDemand(size * member_bytes, TRANSIENT * inputs.orders * pairs * row, pack.depth, size)
     finally:
         pack.detach()
 

@@ -56,7 +56,7 @@ def _activation_bytes(pack: Pack, trainer: Trainer, longest: int, orders: int, r
     polynomial in the length is fitted: attention grows with its square, the rest linearly.
     """
     pairs = min(trainer.batch_size, trainer.micro_batch_size or 1)
-    rows = orders * pairs * (pack.size if pack.batched else 1)
+    rows = orders * pairs * min(pack.size, pack.group_size)
     probe = min(PROBE_TOKENS, longest)
     one = saved_bytes(pack, 1, probe)
     bound = TRANSIENT * rows * one * (longest / probe) ** 2

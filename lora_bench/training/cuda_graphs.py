@@ -155,7 +155,7 @@ class Graphs:
         pack, device = self.pack, self.pack.backbone.device
         batch = replace(batch, full=False)
         shape = (batch.members, batch.orders, *batch.input_ids.shape, batch.hidden is None)
-        key = (*pack.active, pack.parameter_sync, batch.head, share, shape)
+        key = (*pack.active, pack.parameter_syncs, batch.head, share, shape)
         if key not in self.trained:
             losses = self.work(batch.to(device), share)
             trainable = (p for k in pack.active for p in pack.trainable(k).values())

@@ -22,7 +22,7 @@ from lora_bench.training.distributed import SINGLE_PROCESS, Processes
 from lora_bench.training.member_run import MemberRun, isolate_failure
 from lora_bench.training.micro_batching import in_micro_batches
 from lora_bench.training.model_selection import evaluate_members, update_best
-from lora_bench.training.successive_halving import eliminated, survivors
+from lora_bench.training.successive_halving import eliminated, rank_by, survivors
 from lora_bench.training.task_mixture import TaskData, TaskMixture, optimizer_steps
 from lora_bench.training.training_state import gather
 from lora_bench.training.weight_averaging import averaged_weights
@@ -264,8 +264,7 @@ class PackTraining:
                     may_choose = member in due and member.ranks_are_final(step)
                     line = update_best(member, step, results[member.index], self.metrics, may_choose=may_choose)
                     if line is not None:
-                        metrics = line["metrics"]
-                        ranking[member.index] = metrics[member.progress.main_metric], metrics.get("auroc") or 0.0
+                        ranking[member.index] = rank_by(line["metrics"], member.progress.main_metric)
                         if self.observer:
                             self.observer.evaluated(member.index, line)
                     self.stop_early(member)

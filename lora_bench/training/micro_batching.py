@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 QUICK_TOKENS = {"training": 2048, "evaluation": 4096}
-"""Tokens per forward pass on a CPU if no micro-batch size is set: a layer's output then stays in the CPU's cache, and
-long pairs need no more memory than short ones. An evaluation holds no activations for a backward pass."""
+"""Tokens of each member per forward pass on a CPU if no micro-batch size is set: a layer's output then stays in the
+CPU's cache, and long pairs need no more memory than short ones. An evaluation holds no activations for a backward
+pass."""
 
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory")
 """Messages of torch's CPU allocator, on Windows and on other systems."""
@@ -47,8 +48,7 @@ def in_micro_batches(pack: Pack, batch: Batch, requested: int | None, work: Call
     """
     phase = "training" if torch.is_grad_enabled() else "evaluation"
     if requested is None and pack.backbone.device.type == "cpu":
-        rows_of_a_pair = batch.orders * (pack.size if pack.batched else 1)  # unbatched members pass one by one
-        requested = max(1, QUICK_TOKENS[phase] // (rows_of_a_pair * batch.input_ids.shape[1]))
+        requested = max(1, QUICK_TOKENS[phase] // (batch.orders * batch.input_ids.shape[1]))
     states = [(stream, stream.get_state()) for stream in _streams(pack)]
     while True:
         pairs = min(limit for limit in (batch.pairs, requested, pack.max_micro_batch.get(phase)) if limit is not None)

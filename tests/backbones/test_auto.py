@@ -252,9 +252,10 @@ def test_a_model_that_changes_outputs_in_place_learns(option: str) -> None:
     with pack.accumulating_gradients():
         pack(random_batch(pack.backbone)).square().sum().backward()
     assert all(p.grad is not None for k in (0, 1) for p in pack.adapter_parameters(k).values())
-    assert not pack.batched  # all rows share what its linears make of relative positions
+    assert pack.group_size == 1  # all rows share what its linears make of relative positions
 
 
 def test_a_pack_is_computed_at_once_where_every_linear_takes_the_rows(bert: Path, bart: Path) -> None:
     for folder in (bert, bart):
-        assert Pack(make("auto", f"model.path={folder}"), [Member(adapter("lora"), 0)], batched=True).batched
+        members = [Member(adapter("lora"), seed) for seed in (0, 1)]
+        assert Pack(make("auto", f"model.path={folder}"), members, batched=True).group_size == 2

@@ -61,7 +61,7 @@ def test_a_quantised_run_holds_codes_and_scales_and_computes_with_what_they_stan
     model, by_type = folders
     experiments = [settings(model, by_type[BF16], f"adapter={option}", "adapter.magnitude=true")] * 2
     backbone, sha256 = load_backbone(experiments[0], CPU, FP32)
-    pack = stir(Pack(backbone, [member for one in experiments for member in one.members()]))
+    pack = stir(Pack(backbone, [member for one in experiments for member in one.members()], batched=False))
     updates = pack.updates[0]
     held = pack.weight_bytes([0, 1])
     assert held == pack.weight_bytes([0])  # members of equal codes share them
@@ -144,7 +144,7 @@ def test_a_backbone_loaded_for_quantised_runs_serves_others(folders: Any) -> Non
     pack = Pack(backbone, quantised.members())
     pack.detach()
     assert backbone.hash() == sha256
-    mixed = Pack(backbone, [*plain.members(), *quantised.members()])
+    mixed = Pack(backbone, [*plain.members(), *quantised.members()], batched=False)
     assert not backbone.offloaded
     alone = Pack(load_backbone(plain, CPU, FP32)[0], plain.members())
     batch = random_batch(backbone)

@@ -16,6 +16,7 @@ from lora_bench.adapters.methods.lora import LoRA
 from lora_bench.analysis.summary import summarise
 from lora_bench.errors import Code
 from lora_bench.records.run_folder import Run
+from lora_bench.sweeps import packing
 from lora_bench.training import prefix_cache
 from lora_bench.training.checkpoint import Checkpoints
 from tests.command_line import lora_bench, refused, toy_run
@@ -106,17 +107,21 @@ def test_a_job_that_cannot_be_packed_runs_alone_with_a_reason() -> None:
 
 
 @pytest.mark.usefixtures("in_tmp")
-def test_on_a_cpu_jobs_are_packed_if_they_share_layers_or_it_is_configured() -> None:
+def test_on_a_cpu_a_pack_is_one_group_unless_jobs_share_layers_or_it_is_configured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packing, "cpu_group_size", lambda backbone, members: min(2, members))
     overrides = [text for text in OVERRIDES if not text.startswith("pack.")]
-    answer = lora_bench("train", "-m", *overrides, SWEEP, "adapter.layers=all,top:1", "seed=0,1")
+    answer = lora_bench("train", "-m", *overrides, SWEEP, "adapter.layers=all,top:1", "seed=0,1,2")
     assert answer.code == 0, answer
-    costs = [record(f"sweep/{k}")["cost"] for k in range(4)]
-    assert [cost["pack_size"] for cost in costs] == [1, 1, 2, 2]
-    assert [cost["train_seconds"] is None for cost in costs] == [False, False, True, True]
-    answer = lora_bench("train", "-m", *overrides, "hydra.sweep.dir=configured", "seed=0,1", "pack.size=3")
+    costs = [record(f"sweep/{k}")["cost"] for k in range(6)]
+    assert [cost["pack_size"] for cost in costs] == [2, 2, 1, 3, 3, 3]
+    assert [cost["train_seconds"] is None for cost in costs] == [True, True, False, True, True, True]
+    answer = lora_bench("train", "-m", *overrides, "hydra.sweep.dir=configured", "seed=0,1,2", "pack.size=3")
     assert answer.code == 0, answer
-    assert [record(f"configured/{k}")["cost"]["pack_size"] for k in range(2)] == [2, 2]
-    assert_equal_runs("configured/0", "sweep/0", 1e-4)
+    assert [record(f"configured/{k}")["cost"]["pack_size"] for k in range(3)] == [3, 3, 3]
+    for k in range(3):
+        assert_equal_runs(f"configured/{k}", f"sweep/{k}", 1e-4)
     answer = lora_bench("train", "-m", *overrides, "hydra.sweep.dir=halved", "seed=0,1", "pack.halving=true")
     assert answer.code == 0, answer
     assert sorted(record(f"halved/{k}")["status"] for k in range(2)) == ["done", "eliminated"]

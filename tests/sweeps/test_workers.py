@@ -178,7 +178,9 @@ def test_workers_on_one_device_divide_its_memory(monkeypatch: pytest.MonkeyPatch
         lambda inputs, experiment: packing.MemoryDemand(persistent_bytes=10.0, step_bytes=0.0, depth=0),
     )
     monkeypatch.setattr(packing, "free_bytes", lambda device: 80.0 / packing.SHARE_OF_FREE)
-    on_cpu: Any = SimpleNamespace(backbone=SimpleNamespace(device=torch.device("cpu")))
+    on_cpu: Any = SimpleNamespace(
+        backbone=SimpleNamespace(device=torch.device("cpu"), hidden_size=384, can_be_batched=True)
+    )
     jobs: list[Any] = list(range(8))
     group = Group(jobs, [Experiment.build(composed("data=toy", "pack.size=8"))] * 8)
     for sharing, sizes in ((1, [8]), (2, [4, 4])):

@@ -34,8 +34,9 @@ def gradients(made: Pack, *, recomputed: bool) -> tuple[list[torch.Tensor], list
     torch.manual_seed(0)
     for k, stream in enumerate(made.dropout):
         stream.manual_seed(k)
-    logits = made(random_batch(made.backbone))
-    logits.square().sum().backward()
+    with made.accumulating_gradients():
+        logits = made(random_batch(made.backbone))
+        logits.square().sum().backward()
     trained = [p for k in range(made.size) for p in made.trainable(k).values()]
     taken = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     for p in trained:

@@ -389,7 +389,8 @@ def test_clipping_is_each_members_own(backbone: Make) -> None:
     assert_close(seen["packed"], seen["alone"], 1e-6)
 
 
-def test_a_penalty_reaches_the_gradient(backbone: Make) -> None:
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_penalty_reaches_the_gradient(backbone: Make, others: int) -> None:
     seen: list[dict[str, Tensor]] = []
     for weight in (0.0, 0.5):
 
@@ -398,7 +399,8 @@ def test_a_penalty_reaches_the_gradient(backbone: Make) -> None:
                 seen.append({n: u.lora_A.grad.clone() for n, u in updates.items()})
 
         adapter = spy(before=note, penalise=lambda updates, w=weight: w * pull(updates))
-        run(packed(backbone(), adapter), learn=optimizer(grad_clip_norm=None), chosen=trainer(micro_batch_size=3))
+        members = [adapter, *(spy() for _ in range(others))]  # whose parameters are stacks in a pass
+        run(packed(backbone(), *members), learn=optimizer(grad_clip_norm=None), chosen=trainer(micro_batch_size=3))
     for name, plain in seen[0].items():
         torch.testing.assert_close(seen[1][name] - plain, torch.full_like(plain, 0.5), atol=1e-5, rtol=0)
 

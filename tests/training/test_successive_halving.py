@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lora_bench.training import loop
 from lora_bench.training.prediction import predict
 from lora_bench.training.signals import Interruption
-from lora_bench.training.successive_halving import eliminated, members_by_step, survivors
+from lora_bench.training.successive_halving import eliminated, members_by_step, rank_by, survivors
 from tests.adapters.tools import adapter, assert_close, optimizer, pack, tables, trainer
 from tests.training.tools import fit
 
@@ -53,11 +53,14 @@ def test_the_best_go_on(scores: dict[int, tuple[float, float]], limit: int) -> N
     assert all(scores[k] >= scores[other] for k in kept for other in stopped)
 
 
-def test_of_those_that_still_answer_all_alike_the_better_ranking_goes_on() -> None:
-    assert eliminated({0: (0.0, 0.4), 1: (0.0, 0.7), 2: (-0.1, 0.9), 3: (0.0, 0.6)}, 2) == [0, 2]
+def test_auroc_ranks_members_and_the_main_metric_those_without_it() -> None:
+    ranked = [rank_by({"mcc": mcc, "auroc": auroc}, "mcc") for mcc, auroc in ((0.4, 0.8), (0.0, 0.81), (0.0, 0.5))]
+    assert sorted(ranked) == [ranked[2], ranked[0], ranked[1]]
+    assert rank_by({"spearman": 0.3}, "spearman") < rank_by({"spearman": 0.4}, "spearman")
+    assert rank_by({"mcc": 0.3, "auroc": None}, "mcc") < rank_by({"mcc": 0.4, "auroc": None}, "mcc")
 
 
-SCORES = ((0.1, 0.9), (0.4, 0.5), (0.3, 0.6), (0.2, 0.5))
+SCORES = ((0.4, 0.1), (0.1, 0.4), (0.2, 0.3), (0.3, 0.2))  # MCC, AUROC
 
 
 @pytest.fixture

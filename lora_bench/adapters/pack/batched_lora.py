@@ -198,9 +198,16 @@ class ParameterSync:
 
     @torch.no_grad()
     def copy_gradients(self) -> None:
-        """Give the members' parameters the gradients that the stacks have accumulated, in place of earlier ones."""
+        """Give the members' parameters the gradients that the stacks have accumulated.
+
+        A gradient that a parameter got beside its stack, that of a method's penalty, is added; one of an earlier call
+        is replaced.
+        """
         for targets, sources in self.gradient_copies:
             torch._foreach_copy_(targets, sources)
+        beside = [(grad, p.grad) for p, grad in self.gradients if p.grad is not None and p.grad is not grad]
+        if beside:
+            torch._foreach_add_(*map(list, zip(*beside, strict=True)))
         for p, grad in self.gradients:
             p.grad = grad
 

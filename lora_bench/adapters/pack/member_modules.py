@@ -14,7 +14,7 @@ from lora_bench.adapters.pack.batched_lora import BatchedLoRA, batching_key
 from lora_bench.backbones.quantized_modules import QuantizedWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from lora_bench.adapters.base import Update
     from lora_bench.adapters.pack.batched_lora import Stack
@@ -51,8 +51,9 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.active = active
-        self.groups: list[tuple[list[int], BatchedLoRA | None]] = []
-        """Neighbouring members with one batching key, and what computes them together; None: one after another."""
+        self.groups: dict[tuple[int, ...], list[tuple[list[int], BatchedLoRA | None]]] = {}
+        """By the members of a pass: neighbours with one batching key, and what computes them together; None: one after
+        another."""
         self.updates = nn.ModuleList([update if update is not None else NoUpdate() for update in updates])
         self._quantized = [module for module in self.modules() if isinstance(module, QuantizedWeight)]
 
@@ -68,15 +69,20 @@ class AdaptedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.base.bias  # type: ignore[return-value]
 
-    def join(self, members: Sequence[int]) -> list[Stack]:
+    def join(self, members: tuple[int, ...], kept: Collection[tuple[int, ...]]) -> list[Stack]:
         """Prepare for rows of these members in this order; neighbours with one batching key are computed together.
+
+        Args:
+            members: of a pass.
+            kept: members of other passes that stay prepared.
 
         Returns:
             The stacks that must be filled before each pass.
         """
         updates: Any = self.updates
         groups = [list(group) for _, group in groupby(members, key=lambda k: batching_key(updates[k]))]
-        self.groups = [
+        self.groups = {other: joined for other, joined in self.groups.items() if other in kept}
+        self.groups[members] = [
             (
                 group,
                 BatchedLoRA([updates[k] for k in group])
@@ -85,7 +91,7 @@ class AdaptedLinear(nn.Module):
             )
             for group in groups
         ]
-        return [stack for _, batched in self.groups if batched for stack in batched.stacks]
+        return [stack for _, batched in self.groups[members] if batched for stack in batched.stacks]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (K·B, …, in) to (K·B, …, out), rows of each active member in turn.
@@ -95,10 +101,11 @@ class AdaptedLinear(nn.Module):
         K = len(self.active.members)
         if K == 1:
             return self._single(self.active.members[0], x)
-        sizes = [len(x) // K * len(group) for group, _ in self.groups]
+        groups = self.groups[tuple(self.active.members)]
+        sizes = [len(x) // K * len(group) for group, _ in groups]
         inputs = torch.split(x, sizes) if len(sizes) > 1 else (x,)
         outputs: list[Tensor] = []
-        for (group, batched), rows in zip(self.groups, inputs, strict=True):
+        for (group, batched), rows in zip(groups, inputs, strict=True):
             if batched:
                 outputs.append(batched(rows))
             else:
