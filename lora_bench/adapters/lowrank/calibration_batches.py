@@ -120,6 +120,24 @@ def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[
     return {name: gradient / max(1, count) for name, gradient in gradients.items()}
 
 
+@torch.no_grad()
+def mean_loss(pack: Pack, member: int, batches: Sequence[Batch]) -> float:
+    """Return the mean loss (`label_loss`) of the member's pairs, without dropout, averaged over the batches.
+
+    Args:
+        pack: not changed.
+        member: the member whose loss and rows count.
+        batches: training batches, with labels; not empty.
+    """
+    losses = []
+    with evaluation_of(pack, member):
+        for batch in batches:
+            on_device = batch.select_members([member]).to(pack.backbone.device)
+            assert on_device.labels is not None
+            losses.append(label_loss(pack(on_device), on_device.labels[None]).mean())
+    return float(torch.stack(losses).mean())
+
+
 @contextmanager
 def evaluation_of(pack: Pack, member: int) -> Iterator[None]:
     """Compute this member only, in evaluation mode, within the context; mode and active members are restored."""

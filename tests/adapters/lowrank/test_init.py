@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -308,6 +309,21 @@ def test_lora_ga_leaves_the_backbones_function_and_lora_one_lowers_the_loss_it_l
         losses[method] = F.cross_entropy(made.eval()(batch)[0], batch.labels).item()
     assert losses["lora_ga"] == losses["lora"]
     assert losses["lora_one"] < losses["lora"]
+
+
+@pytest.mark.parametrize("form", ["bert", "t5"])
+def test_a_first_step_that_would_raise_the_loss_is_shortened_and_said(form: str) -> None:
+    losses = {}
+    for gamma in (None, 128, 0.01):
+        made = pack(form, (adapter("lora" if gamma is None else "lora_one", *[f"init_gamma={gamma}"] * bool(gamma)), 0))
+        batch = random_batch(made.backbone, rows=9, length=24)
+        assert batch.labels is not None
+        note = made.members[0].adapter.prepare(made, 0, iter([batch]))
+        assert (note is None) == (gamma != 0.01)
+        losses[gamma] = F.cross_entropy(made.eval()(batch)[0], batch.labels).item()
+    assert note is not None
+    assert int(re.search(r"1/(\d+)", note)[1]) in {4**n for n in range(1, 7)}  # type: ignore[index]
+    assert losses[0.01] <= losses[None]
 
 
 @pytest.mark.parametrize("method", ["eva", "lora_ga", "lora_one", "sensitivity", "enhanced"])
