@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lora_bench.console.stages import stage
-from lora_bench.data.batching import evaluation_batches, evaluation_rows, token_positions
+from lora_bench.data.batching import evaluation_batches, evaluation_plan, token_positions
 from lora_bench.data.hidden_states import HiddenStates, HiddenStatesWriter
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.files.cache import TRAILER_BYTES, CacheFiles
@@ -165,6 +165,4 @@ def _flops(pack: Pack, tables: Iterable[TokenTable]) -> float:
         pack.backbone.prefix(probe_batch(pack.backbone, rows, length), pack.depth)
 
     model = FlopModel.measure(prefix)
-    return sum(
-        model(len(rows), int(table.lengths[rows[0]])) for table in tables for rows in evaluation_rows(table, ROWS)
-    )
+    return sum(model(len(rows), length) for table in tables for rows, length in evaluation_plan(table, ROWS))

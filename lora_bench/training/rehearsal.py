@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_bench.data.batching import Batch, BatchPlan, collate, evaluation_rows, training_batches
+from lora_bench.data.batching import Batch, BatchPlan, collate, evaluation_plan, training_batches
 from lora_bench.evaluation.cost import FlopModel, held_memory_bytes, peak_memory_bytes
 from lora_bench.training.dummy_step import dummy_step
 from lora_bench.training.member_run import MemberRun, clip_gradients
@@ -236,10 +236,10 @@ class _PrefixTime:
 @torch.no_grad()
 def _measure_prefix(pack: Pack, table: TokenTable) -> _PrefixTime:
     """Measure the time of the prefix and of a forward pass on a batch of median length, the fastest of `ROUNDS`."""
-    batches = evaluation_rows(table, ROWS)
-    rows = batches[len(batches) // 2]
+    batches = evaluation_plan(table, ROWS)
+    rows, length = batches[len(batches) // 2]
     pad_id = pack.backbone.tokenizer.pad_token_id
-    batch = collate(table, rows, int(table.lengths[rows[0]]), pad_id).to(pack.backbone.device)
+    batch = collate(table, rows, length, pad_id).to(pack.backbone.device)
     with FlopCounterMode(display=False) as counter:
         pack.backbone.prefix(batch, pack.depth)
     calls = (partial(pack.backbone.prefix, batch, pack.depth), partial(pack, batch))
@@ -267,9 +267,11 @@ def _rehearse_evaluation(
     At most `SHAPES` batch shapes are scored. The time of tables in `cached` is reduced by that of the prefix.
     """
     batches = [
-        (name, rows) for name, table in tables.items() for rows in evaluation_rows(table, trainer.eval_batch_size)
+        (name, rows, length)
+        for name, table in tables.items()
+        for rows, length in evaluation_plan(table, trainer.eval_batch_size)
     ]
-    by_shape = {(len(rows), int(tables[name].lengths[rows[0]])): (name, rows) for name, rows in batches}
+    by_shape = {(len(rows), length): (name, rows) for name, rows, length in batches}
     chosen = _spread(sorted(by_shape, key=lambda shape: -shape[0] * shape[1]), SHAPES)
     held, seconds = [held_memory_bytes(pack.backbone.device)], []
     for shape in chosen:
@@ -280,9 +282,8 @@ def _rehearse_evaluation(
     tokens = [pairs * length for pairs, length in chosen]
     seconds_of = dict.fromkeys(tables, 0.0)
     computed = {name: 1 - _measure_prefix(pack, tables[name]).share if name in cached else 1.0 for name in tables}
-    for name, rows in batches:
-        size = len(rows) * int(tables[name].lengths[rows[0]])
-        seconds_of[name] += computed[name] * float(np.interp(size, tokens[::-1], seconds[::-1]))
+    for name, rows, length in batches:
+        seconds_of[name] += computed[name] * float(np.interp(len(rows) * length, tokens[::-1], seconds[::-1]))
     total = evaluations * seconds_of["selection"] + sum(seconds_of.values())  # all splits once more at the end
     return _EvaluationCost(total, seconds_of["selection"], _unrehearsed_bytes(held[1:], len(by_shape)))
 
