@@ -79,6 +79,13 @@ class Head:
     pair_features: bool | None
     """Add products and differences of the two texts' mean token vectors to the logits; null: if the model can tell
     the texts apart, but not with T5."""
+    fit_batches: int
+    """Training batches that the output layer, pair features included, is fitted to before the first step, with the
+    backbone as it is; 0: it starts at random."""
+
+    def __post_init__(self) -> None:
+        """Refuse a negative number of batches."""
+        require_number("fit_batches", self.fit_batches, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

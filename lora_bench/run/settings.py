@@ -101,8 +101,8 @@ class Experiment:
             if saved_ranks is not None:
                 ranks = {name: rank[i] if isinstance(rank, list) else rank for name, rank in saved_ranks.items()}
             outputs = of_tasks[i : i + 1] if self.has_adapter_per_task else of_tasks
-            features = self.head.pair_features
-            members.append(Member(self.adapter, self.seed, ranks, seeds, outputs, features))
+            head = self.head
+            members.append(Member(self.adapter, self.seed, ranks, seeds, outputs, head.pair_features, head.fit_batches))
         return members
 
     @property

@@ -136,8 +136,8 @@ def estimate_run(experiment: Experiment, inputs: SharedInputs | None = None) -> 
     inputs = inputs or SharedInputs.load(experiment)
     (task,) = inputs.tasks.values()
     reset_peak_memory(inputs.backbone.device)
-    features = experiment.head.pair_features
-    member = Member(experiment.adapter, experiment.seed, outputs=[task.data.outputs], pair_features=features)
+    head, outputs = experiment.head, [task.data.outputs]
+    member = Member(experiment.adapter, experiment.seed, None, {}, outputs, head.pair_features, head.fit_batches)
     pack = Pack(inputs.backbone, [member])
     try:
         began = time.perf_counter()

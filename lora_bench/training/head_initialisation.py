@@ -1,15 +1,17 @@
-"""Initialise the head from training data: the pair features, and the bias of a head that predicts numbers."""
+"""Initialise the head from training data: output layer, pair features, and the bias where it predicts numbers."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_bench.adapters.lowrank.calibration_batches import evaluation_of, explain_insufficient_data
 from lora_bench.adapters.pack.attachment import output_linear
+from lora_bench.head.fitting import fit_output_layer
 from lora_bench.head.pair_features import BATCHES
 
 if TYPE_CHECKING:
@@ -40,6 +42,97 @@ def centre_numbers(pack: Pack, member: int, tasks: Iterable[TaskData]) -> None:
             bias = None if linear is None else module.get_submodule(linear).bias
             if bias is not None:
                 bias.fill_(float(labels.mean()))
+
+
+@dataclass
+class Fitted:
+    """What `fit` has done for a member."""
+
+    pair_features: bool = False
+    """Their weights are part of a fitted layer."""
+    notes: list[str] = field(default_factory=list)
+    """For the record: why a layer starts at random although a fit was requested."""
+
+
+@torch.no_grad()
+def fit(pack: Pack, member: int, batches: Iterable[Batch]) -> Fitted:
+    """Fit the output layer of each of a member's heads, pair features included, if its settings ask for it.
+
+    `Member.fit_batches` batches are read, without dropout, before the adapter changes anything. A layer that they
+    cannot tell anything about starts as it would without a fit.
+    """
+    fitted, count = Fitted(), pack.members[member].fit_batches
+    if not count:
+        return fitted
+    by_head: dict[int, list[Batch]] = {}
+    for batch in islice(batches, count):
+        by_head.setdefault(batch.head, []).append(batch.select_members([member]))
+    for head, of_head in sorted(by_head.items()):
+        linear = _output_linear(pack, member, head)
+        reason = explain_insufficient_data(of_head, member, reads_labels=True)
+        if linear is None:
+            reason = "the model answers in words, without an output layer"
+        if reason is None and linear is not None:
+            matching = dict(pack.pair_features.items()).get(str(member))
+            reason = _fit_layer(pack, member, of_head, linear, matching)
+            fitted.pair_features = fitted.pair_features or (reason is None and matching is not None)
+        if reason is not None:
+            fitted.notes.append(f"head.fit_batches: {reason}, so nothing is fitted.")
+    return fitted
+
+
+def _output_linear(pack: Pack, member: int, head: int) -> nn.Linear | None:
+    """Return the linear of a member's head that gives its logits; None if there is none."""
+    outputs = pack.outputs(member, head)
+    for name in pack.backbone.head_modules:
+        heads: Any = pack.network.get_submodule(name)
+        module = heads.of(member, head)
+        linear = output_linear(module, outputs)
+        if linear is not None:
+            found = module.get_submodule(linear)
+            assert isinstance(found, nn.Linear)
+            return found
+    return None
+
+
+def _fit_layer(pack: Pack, member: int, batches: list[Batch], linear: nn.Linear, matching: Any) -> str | None:
+    """Fit a linear, and the weights of pair features if there are any, to batches of its task.
+
+    Returns:
+        Why it was not fitted, as a clause; else None.
+    """
+    inputs: list[Tensor] = []
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    handles = [linear.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))]
+    if matching is not None:
+        handles.append(matching.register_forward_pre_hook(lambda _, arguments: features.append(arguments[0])))
+    try:
+        with evaluation_of(pack, member):
+            for batch in batches:
+                on_device = batch.to(pack.backbone.device)
+                assert on_device.labels is not None
+                pack(on_device)
+                labels.append(on_device.labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if any(x.numel() != len(y) * x.shape[-1] for x, y in zip(inputs, labels, strict=True)):
+        return "the output layer reads several positions of a text"
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])  # (N, D)
+    D, C = rows.shape[1], linear.out_features
+    layer = fit_output_layer(torch.cat([rows, *([torch.cat(features)] if features else [])], 1), torch.cat(labels), C)
+    if layer is None:
+        return "the model's features do not predict the labels"
+    weight, bias = layer  # (C, D + 2 H), (C,)
+    linear.weight.copy_(weight[:, :D])
+    if linear.bias is not None:
+        linear.bias.copy_(bias)
+    if matching is not None:
+        of_pairs = weight[:, D:]
+        matching.weight.copy_((of_pairs[1] - of_pairs[0]) / 2 if C == 2 else of_pairs.view_as(matching.weight))
+        matching.bias.zero_()
+    return None
 
 
 @torch.no_grad()

@@ -81,8 +81,11 @@ def prepare(
             with pack.only([k]):
                 single = mixture.for_initialisation(k)
                 head_initialisation.centre_numbers(pack, k, single.tasks.values())
+                fitted = head_initialisation.fit(pack, k, single.batches(pack, trainer.batch_size))
+                notes += fitted.notes
                 notes.append(pack.members[k].adapter.prepare(pack, k, single.batches(pack, trainer.batch_size)))
-                notes.append(head_initialisation.initialise(pack, k, single.batches(pack, trainer.batch_size)))
+                if not fitted.pair_features:
+                    notes.append(head_initialisation.initialise(pack, k, single.batches(pack, trainer.batch_size)))
     return [note for note in notes if note]
 
 

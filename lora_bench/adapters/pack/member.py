@@ -29,6 +29,8 @@ class Member:
     one head with the outputs of the backbone's own."""
     pair_features: bool | None = False
     """Add pair features to the logits; None: if the backbone can tell the two texts apart."""
+    fit_batches: int = 0
+    """Training batches that the output layer is fitted to before the first step; 0: it starts at random."""
 
     def seed_of(self, purpose: str) -> int:
         """Return the seed of `init`, `order` (of the pairs) or `dropout`."""
