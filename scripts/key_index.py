@@ -231,8 +231,13 @@ def hydra_keys() -> Iterator[Entry]:
 
 
 def values_of(path: Path, key: str) -> tuple[str, ...]:
-    """Return the values that a key can have, as the module of its settings checks them; empty if they are open."""
+    """Return the values that a key can have, as the module of its settings checks them; empty if they are open.
+
+    Those of adapter methods are checked in a module of their own.
+    """
     checked = _checked_values(path)
+    if path.parent.name == "methods":
+        checked = _checked_values(reference.PACKAGE / "config" / "adapter_values.py") | checked
     return checked.get(key) or checked.get(key.rpartition(".")[2]) or ()
 
 

@@ -16,10 +16,14 @@ from lora_bench.errors import Code, UserError, require, require_number, require_
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+SCALINGS = ("standard", "rank_stable")
+"""Values of `scaling`."""
 INITS = ("kaiming", "gaussian", "pissa", "milora", "olora", "loftq", "eva", "lora_ga", "lora_one")
-"""Initialisations of A and B."""
+"""Values of `init`."""
 ALLOCATIONS = ("uniform", "sensitivity", "eva", "gradient")
-"""Distributions of ranks that have a name."""
+"""Values of `allocation` that are names."""
+QUANT_TYPES = tuple(QUANT_BITS)
+"""Values of `quantize`."""
 
 LAYERS_REMEDY = "For example adapter.layers=top:2 or 'adapter.layers=[0,1]'."
 
@@ -59,7 +63,7 @@ NUMBERS = {
     "final": _SHARE,
     "interval": _COUNT,
 }
-CHOICES = {"scaling": ("standard", "rank_stable"), "init": INITS, "quantize": tuple(QUANT_BITS)}
+CHOICES = {"scaling": SCALINGS, "init": INITS, "quantize": QUANT_TYPES}
 
 
 def check_values(settings: Mapping[str, Any]) -> None:

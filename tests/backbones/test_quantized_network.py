@@ -78,8 +78,9 @@ def test_a_member_learns_what_it_learns_beside_the_rounded_weights(
     results = []
     for backbone in (rounded(makers(), quant_type), quantized(makers(), quant_type)):
         pack = stir(Pack(backbone, [Member(adapter(*method), seed) for seed in (0, 1)]))
-        logits = pack(random_batch(backbone))
-        logits.square().sum().backward()
+        with pack.accumulating_gradients():
+            logits = pack(random_batch(backbone))
+            logits.square().sum().backward()
         gradients = {name: p.grad for name, p in pack.trainable(1).items()}
         results.append((logits, gradients, pack.count_parameters(0)))
     (logits, gradients, counts), (of_quantized, gradients_of_quantized, counts_of_quantized) = results
