@@ -128,6 +128,7 @@ def merge_updates(pack: Pack) -> None:
         parent, _, child = name.rpartition(".")
         plain = modules[0] if pack.size == 1 else MergedLinear(modules, active)
         setattr(pack.network.get_submodule(parent), child, plain)
+    pack.group_size = 1  # merged modules compute one member at a time
     for updates in pack.updates:
         updates.clear()
     dequantize_network(pack.network)

@@ -12,7 +12,6 @@ import torch
 from lora_bench.adapters.pack.weight_bytes import unquantised_bytes
 from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.identity import refuse_other_tokenizer
-from lora_bench.config.metric_names import display_name
 from lora_bench.console.format import format_number
 from lora_bench.console.progress import show_result
 from lora_bench.console.stages import stage
@@ -306,11 +305,9 @@ class Recorder:
     def _close_eliminated(self, run: PackedRun, record: Run) -> None:
         """Record that halving eliminated a run; it reports nothing."""
         steps = run.progress.steps
-        metric = display_name(run.progress.main_metric)
         record.update(selection={"stopped_at_step": steps})
-        record.finish(
-            "eliminated", f"eliminated by pack.halving at step {steps}: others had a better selection {metric}"
-        )
+        reason = f"eliminated by pack.halving at step {steps}: others ranked higher on the selection split"
+        record.finish("eliminated", reason)
 
     def _fail(self, error: Exception) -> None:
         """Close all runs that have not ended, after an error in something that they share."""

@@ -79,7 +79,7 @@ def test_the_best_trial_on_selection_is_trained_again_and_reported(whole: api.Se
     assert [row[:4] for row in results(whole.folder, "final")] == [(*best[:3], 8), (*best[:3], 9)]
     assert whole.best["adapter"] == best[0]
     assert (whole.best.get("adapter.rank"), whole.best["optimizer.lr"]) == best[1:3]
-    assert all("validation/mcc" in run.metrics and run.record["cost"]["pack_size"] == 1 for run in whole.final)
+    assert all("validation/mcc" in run.metrics and run.record["cost"]["pack_size"] == 2 for run in whole.final)
     assert all("search" not in run.record["config"] for run in [*whole.trials, *whole.final])
     frame = api.compare(whole.folder)
     assert list(frame["n"]) == [2]
