@@ -46,7 +46,7 @@ def centre_numbers(pack: Pack, member: int, tasks: Iterable[TaskData]) -> None:
 
 @dataclass
 class Fitted:
-    """What `fit` has done for a member."""
+    """The outcome of `fit` for a member."""
 
     pair_features: bool = False
     """Their weights are part of a fitted layer."""
@@ -66,7 +66,7 @@ def fit(pack: Pack, member: int, batches: Iterable[Batch]) -> Fitted:
         return fitted
     by_head: dict[int, list[Batch]] = {}
     for batch in islice(batches, count):
-        by_head.setdefault(batch.head, []).append(batch.select_members([member]))
+        by_head.setdefault(batch.head, []).append(batch)
     for head, of_head in sorted(by_head.items()):
         linear = _output_linear(pack, member, head)
         reason = explain_insufficient_data(of_head, member, reads_labels=True)
@@ -87,12 +87,27 @@ def _output_linear(pack: Pack, member: int, head: int) -> nn.Linear | None:
     for name in pack.backbone.head_modules:
         heads: Any = pack.network.get_submodule(name)
         module = heads.of(member, head)
-        linear = output_linear(module, outputs)
-        if linear is not None:
-            found = module.get_submodule(linear)
-            assert isinstance(found, nn.Linear)
-            return found
+        name_in_module = output_linear(module, outputs)
+        if name_in_module is not None:
+            linear = module.get_submodule(name_in_module)
+            assert isinstance(linear, nn.Linear)
+            return linear
     return None
+
+
+def _compute(pack: Pack, member: int, batches: Iterable[Batch]) -> Tensor:
+    """Compute the member's pass over its own rows of the batches, without dropout, and return their labels: (N,).
+
+    Hooks of the caller see what the modules compute.
+    """
+    labels: list[Tensor] = []
+    with evaluation_of(pack, member):
+        for batch in batches:
+            member_batch = batch.select_members([member]).to(pack.backbone.device)
+            assert member_batch.labels is not None
+            pack(member_batch)
+            labels.append(member_batch.labels)
+    return torch.cat(labels)
 
 
 def _fit_layer(pack: Pack, member: int, batches: list[Batch], linear: nn.Linear, matching: Any) -> str | None:
@@ -103,25 +118,19 @@ def _fit_layer(pack: Pack, member: int, batches: list[Batch], linear: nn.Linear,
     """
     inputs: list[Tensor] = []
     features: list[Tensor] = []
-    labels: list[Tensor] = []
     handles = [linear.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))]
     if matching is not None:
         handles.append(matching.register_forward_pre_hook(lambda _, arguments: features.append(arguments[0])))
     try:
-        with evaluation_of(pack, member):
-            for batch in batches:
-                on_device = batch.to(pack.backbone.device)
-                assert on_device.labels is not None
-                pack(on_device)
-                labels.append(on_device.labels)
+        labels = _compute(pack, member, batches)
     finally:
         for handle in handles:
             handle.remove()
-    if any(x.numel() != len(y) * x.shape[-1] for x, y in zip(inputs, labels, strict=True)):
-        return "the output layer reads several positions of a text"
     rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])  # (N, D)
+    if len(rows) != len(labels):
+        return "the output layer reads several positions of a text"
     D, C = rows.shape[1], linear.out_features
-    layer = fit_output_layer(torch.cat([rows, *([torch.cat(features)] if features else [])], 1), torch.cat(labels), C)
+    layer = fit_output_layer(torch.cat([rows, *([torch.cat(features)] if features else [])], 1), labels, C)
     if layer is None:
         return "the model's features do not predict the labels"
     weight, bias = layer  # (C, D + 2 H), (C,)
@@ -152,13 +161,8 @@ def initialise(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
         return f"head.pair_features: {shortage}, so it starts at zero."
     matching: Any = pack.pair_features[str(member)]
     features: list[Tensor] = []
-    labels: list[Tensor] = []
     handle = matching.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    with handle, evaluation_of(pack, member):
-        for batch in calibration_batches:
-            member_batch = batch.select_members([member]).to(pack.backbone.device)
-            assert member_batch.labels is not None
-            pack(member_batch)
-            labels.append(member_batch.labels)
-    matching.initialise(torch.cat(features), torch.cat(labels))
+    with handle:
+        labels = _compute(pack, member, calibration_batches)
+    matching.initialise(torch.cat(features), labels)
     return None

@@ -4,8 +4,8 @@ After 1/2^j of the steps at most 2^(j−1) members survive: of eight, four after
 quarter, one after half of them. Eight members then take 2.5 times the computation of one, instead of 8 times.
 
 Members are ranked by AUROC where the task has it. In the middle of training, metrics of labels such as MCC say more
-about how far the scores are from the threshold than about the member: on QQP with MiniLM, AUROC after an eighth of the
-steps put rank 32 at the learning rate that proved the best above all others of its pack, MCC put it third (LOG.md).
+about how far the scores are from the threshold than about the member: on QQP with MiniLM, AUROC after a quarter of the
+steps put rank 32, at the learning rate that proved the best, first of the four that were left, and MCC last (LOG.md).
 """
 
 from __future__ import annotations
