@@ -1,8 +1,14 @@
-"""Suggestions for the next pack of a search, by Optuna's TPE sampler (Bergstra et al. 2011; Akiba et al. 2019).
+"""Suggestions for the next pack of a search, by Optuna's samplers (Akiba et al. 2019).
+
+A Gaussian process models the results (Jones et al. 1998): it tells noise from effects, and neighbours learn from one
+another. If some methods lack some of the keys it is TPE (Bergstra et al. 2011), which allows that.
+
+Both get ranks, as normal scores (Salinas et al. 2020, arXiv 1909.13595): a learning rate at which a trial fails would
+otherwise hide the differences of the good ones. Eliminated trials have a rank too, by an estimate of what they may have
+become.
 
 Nothing of Optuna's is stored: the study is rebuilt from the trials' records before each pack. The trials of a pack are
-suggested one after another; the sampler takes those that have no result yet for bad ones ("constant liar", Ginsbourger
-et al. 2010), so that they differ.
+suggested one after another, and the samplers know of those that have no result yet, so that they differ.
 """
 
 from __future__ import annotations
@@ -12,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.config.keys import split_override
 from lora_bench.sweeps.search_space import METHOD_KEY
+from lora_bench.sweeps.search_trials import estimate_final_scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from optuna import Study
+    from optuna.samplers import BaseSampler
 
     from lora_bench.sweeps.search_space import SearchSpace
     from lora_bench.sweeps.search_trials import Trial
@@ -41,7 +49,7 @@ def suggest_pack(
         is_valid: returns whether a setting can be trained.
     """
     import optuna
-    from optuna.samplers import RandomSampler, TPESampler
+    from optuna.samplers import RandomSampler
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seed += len(trials)  # otherwise each pack would draw the same random numbers
@@ -49,10 +57,9 @@ def suggest_pack(
     tried, defaults, shared = [trial.setting for trial in trials], _untried_defaults(space, trials), dict[str, Any]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # multivariate: the best learning rate depends on the rank; group: methods have different keys
-        tpe = TPESampler(n_startup_trials=count, multivariate=True, group=True, constant_liar=True, seed=seed)
-        study = _study(space, trials, tpe)
-        for sampler in (tpe, RandomSampler(seed=seed)):
+        model = _model(space, count, seed)
+        study = _study(space, trials, model)
+        for sampler in (model, RandomSampler(seed=seed)):
             study.sampler, rejected = sampler, 0
             while len(settings) < count and rejected < MAX_REJECTED:
                 study.enqueue_trial((defaults.pop(0) if defaults else {}) | shared)  # what is not in it is sampled
@@ -68,31 +75,38 @@ def suggest_pack(
     return settings
 
 
-def _study(space: SearchSpace, trials: Sequence[Trial], sampler: Any) -> Study:
-    """Return a study that holds the trials that have ended.
+def _model(space: SearchSpace, count: int, seed: int) -> BaseSampler:
+    """Return the sampler that learns from the trials; the first `count` are drawn at random."""
+    from optuna.samplers import GPSampler, TPESampler
 
-    An eliminated trial is a pruned one with its evaluations. One that diverged or failed is pruned without any, which
-    counts as the worst: most failures repeat, as that of a rank above a layer's width.
+    if all(len(space.of_method(method)) == len(space.dimensions) for method in space.defaults):
+        return GPSampler(n_startup_trials=count, seed=seed, warn_independent_sampling=False)
+    # multivariate: the best learning rate depends on the rank; group: methods have different keys
+    return TPESampler(n_startup_trials=count, multivariate=True, group=True, constant_liar=True, seed=seed)
+
+
+def _study(space: SearchSpace, trials: Sequence[Trial], sampler: Any) -> Study:
+    """Return a study that holds the trials that have ended, with the normal scores of their ranks.
+
+    One that diverged or failed has the worst rank: most failures repeat, as that of a rank above a layer's width.
     """
     import optuna
-    from optuna.trial import TrialState, create_trial
 
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    for trial in trials:
-        parameters = space.parameters(trial.setting)
-        if parameters is None or not (trial.has_ended or trial.status == "failed"):
-            continue
-        has_scores = trial.status in ("done", "eliminated")
-        study.add_trial(
-            create_trial(
-                state=TrialState.PRUNED if trial.score is None else TrialState.COMPLETE,
-                value=trial.score,
-                params=parameters,
-                distributions=space.distributions(parameters),
-                intermediate_values={int(step): value for step, value in trial.curve} if has_scores else {},
-            )
-        )
+    ended = [trial for trial in trials if trial.has_ended or trial.status == "failed"]
+    known = [(trial, parameters) for trial in ended if (parameters := space.parameters(trial.setting)) is not None]
+    scores = _normal_scores(estimate_final_scores([trial for trial, _ in known]))
+    for (_, parameters), score in zip(known, scores, strict=True):
+        distributions = space.distributions(parameters)
+        study.add_trial(optuna.create_trial(value=score, params=parameters, distributions=distributions))
     return study
+
+
+def _normal_scores(values: Sequence[float]) -> list[float]:
+    """Return the quantiles of the normal distribution at the ranks of `values`; equal ones have their mean rank."""
+    from scipy.stats import norm, rankdata
+
+    return [float(norm.ppf((rank - 0.5) / len(values))) for rank in rankdata(values)] if values else []
 
 
 def _untried_defaults(space: SearchSpace, trials: Sequence[Trial]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import fmean
@@ -45,8 +46,10 @@ class Trial:
     """Of its record; None without one."""
     score: float | None = None
     """Main metric on the selection split; None if the trial is not done."""
+    ranked_by: float | None = None
+    """AUROC on the selection split where the task has it, else the main metric; None if the trial is not done."""
     curve: tuple[tuple[float, float], ...] = ()
-    """Step and main metric of its evaluations."""
+    """Step and the metric of `ranked_by` at each of its evaluations."""
     metric: str = ""
     """The name of the main metric."""
     flops: float = 0.0
@@ -81,12 +84,15 @@ def _read_trial(folder: Path, setting: list[str]) -> Trial:
         return Trial(setting)
     record = run_folder.read(folder)
     metric, cost = main_metric(record), record["cost"] or {}
-    score = (record["metrics"] or {}).get(f"selection/{metric}") if record["status"] == "done" else None
+    metrics = (record["metrics"] or {}) if record["status"] == "done" else {}
+    score, auroc = (as_number(metrics.get(f"selection/{name}")) for name in (metric, "auroc"))
+    log = folder / run_folder.METRICS_FILE
     return Trial(
         setting,
         record["status"],
-        as_number(score),
-        tuple(metrics_log.selection_curve(folder / run_folder.METRICS_FILE, metric)),
+        score,
+        score if auroc is None else auroc,
+        tuple(metrics_log.selection_curve(log, "auroc") or metrics_log.selection_curve(log, metric)),
         metric,
         as_number(cost.get("train_flops")) or 0.0,
         int(as_number(cost.get("steps")) or 0),
@@ -107,6 +113,26 @@ def best_trial(trials: Sequence[Trial]) -> Trial | None:
     """Return the done trial with the best score, the first of equals; None if none is done."""
     done = [trial for trial in trials if trial.score is not None]
     return max(done, key=lambda trial: trial.score or 0.0, default=None)
+
+
+def estimate_final_scores(trials: Sequence[Trial]) -> list[float]:
+    """Return `ranked_by` of each trial, and of an eliminated one what it may have become.
+
+    That is its last value and the mean of what the done trials gained after that step. A trial without a value, such as
+    one that diverged, has minus infinity.
+    """
+    done = [(dict(trial.curve), trial.ranked_by) for trial in trials if trial.ranked_by is not None]
+    estimates = []
+    for trial in trials:
+        if trial.ranked_by is not None:
+            estimates.append(trial.ranked_by)
+        elif trial.curve and trial.status == "eliminated":
+            step, value = trial.curve[-1]
+            gains = [final - curve[step] for curve, final in done if step in curve]
+            estimates.append(value + (fmean(gains) if gains else 0.0))
+        else:
+            estimates.append(-math.inf)
+    return estimates
 
 
 def seconds_spent(trials: Sequence[Trial], began: datetime) -> float:

@@ -26,7 +26,7 @@ def suggest(of: SearchSpace, trials: list[Trial], count: int, seed: int = 0) -> 
 def done(setting: list[str]) -> Trial:
     """A trial that is the better, the nearer its learning rate is to 2e-3."""
     rate = float(setting[-1].partition("=")[2])
-    return Trial(setting, "done", -abs(rate - 2e-3), curve=((1, 0.0),))
+    return Trial(setting, "done", 0.0, -abs(rate - 2e-3), curve=((1, 0.0),))
 
 
 def test_each_method_is_tried_at_its_default_first_and_the_rest_differs() -> None:
@@ -43,7 +43,7 @@ def test_later_packs_search_where_results_are_good() -> None:
     for _ in range(6):
         trials += map(done, suggest(of, trials, 4))
     trials += [Trial(["optimizer.lr=0.009"], "diverged"), Trial(["optimizer.lr=0.008"], "failed")]
-    trials.append(Trial(["optimizer.lr=0.5"], "done", 9.0))  # not in the space, so it is not considered
+    trials.append(Trial(["optimizer.lr=0.5"], "done", 9.0, 9.0))  # not in the space, so it is not considered
     rates = [float(setting[-1].partition("=")[2]) for setting in suggest(of, trials, 8)]
     assert sum(1e-3 < rate < 4e-3 for rate in rates) >= 5  # a third of them by chance
     assert len({trial.setting[-1] for trial in trials}) == len(trials)

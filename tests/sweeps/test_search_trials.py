@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from lora_bench.config.schema import Packing, Search
-from lora_bench.sweeps.search_trials import Trial, affordable, best_trial, full_flops, seconds_spent, setting_of
+from lora_bench.sweeps.search_trials import (
+    Trial,
+    affordable,
+    best_trial,
+    estimate_final_scores,
+    full_flops,
+    seconds_spent,
+    setting_of,
+)
 
 
 def budget(trials: int | None = None, flops: float | None = None, minutes: float | None = None) -> Search:
@@ -53,6 +62,16 @@ def test_a_trial_that_trained_to_its_end_and_has_the_best_score_wins() -> None:
     assert best_trial([ELIMINATED]) is None
     assert full_flops(HALVED) == 80
     assert full_flops([ELIMINATED]) == 20
+
+
+def test_an_eliminated_trial_is_judged_by_what_the_others_gained_later() -> None:
+    curves = [((1, 0.2), (2, 0.4), (4, 0.6)), ((1, 0.3), (2, 0.5), (4, 0.6))]
+    done = [Trial([], "done", 0.1, 0.7, curve=curves[0]), Trial([], "done", 0.2, 0.6, curve=curves[1])]
+    eliminated = [Trial([], "eliminated", curve=((1, 0.1),)), Trial([], "eliminated", curve=((1, 0.3), (2, 0.25)))]
+    lost = [Trial([], "diverged", curve=((1, 0.9),)), Trial([], "failed"), Trial([], "eliminated")]
+    estimates = [0.7, 0.6, 0.1 + (0.5 + 0.3) / 2, 0.25 + (0.3 + 0.1) / 2, *[-math.inf] * 3]
+    assert estimate_final_scores([*done, *eliminated, *lost]) == pytest.approx(estimates)
+    assert estimate_final_scores(eliminated) == [0.1, 0.25]
 
 
 def test_time_counts_once_for_a_pack_and_not_between_processes() -> None:
