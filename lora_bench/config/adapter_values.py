@@ -1,7 +1,7 @@
 """Values of the settings of adapter methods, checked by name, without the class of the method.
 
 Every class needs torch, whose import takes seconds; a wrong value is refused before that. A name has one meaning in all
-methods of this package. What depends on several settings, on the model or on PEFT is checked by the class.
+methods of this package. What depends on the model or on PEFT is checked by the class.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ SCALINGS = ("standard", "rank_stable")
 """Values of `scaling`."""
 INITS = ("kaiming", "gaussian", "pissa", "milora", "olora", "loftq", "eva", "lora_ga", "lora_one")
 """Values of `init`."""
+DAMPED_INITS = ("lora_ga", "lora_one")
+"""Values of `init` that need `init_gamma`."""
 ALLOCATIONS = ("uniform", "sensitivity", "eva", "gradient")
 """Values of `allocation` that are names."""
 QUANT_TYPES = tuple(QUANT_BITS)
@@ -67,7 +69,7 @@ CHOICES = {"scaling": SCALINGS, "init": INITS, "quantize": QUANT_TYPES}
 
 
 def check_values(settings: Mapping[str, Any]) -> None:
-    """Refuse a value of a wrong type or out of range; a name that is not known here passes.
+    """Refuse a value of a wrong type or out of range, and contradictions; a name that is not known here passes.
 
     Args:
         settings: of an adapter method, by name, as composed or as converted.
@@ -89,6 +91,36 @@ def check_values(settings: Mapping[str, Any]) -> None:
         elif key == "dropout":
             probability = _as_number(float, key, value)
             require(0 <= probability < 1, key, probability, "must be at least 0 and below 1")
+    _check_combinations(settings)
+
+
+def _check_combinations(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that contradict each other; each value is right by itself.
+
+    `init_gamma` must be set exactly for `DAMPED_INITS`; `init=loftq` needs `quantize`; `freeze_A` excludes an
+    `lr_ratio`; AdaLoRA's `init_rank` is at least `rank`, and its phases leave steps to prune in.
+    """
+    init = settings.get("init")
+    if init is not None and "init_gamma" in settings:
+        gamma, is_damped = settings["init_gamma"], init in DAMPED_INITS
+        reason = f"{'must be a number' if is_damped else 'has no meaning'} with init={init}"
+        remedy = "The papers take 16 for lora_ga and 128 for lora_one; with any other init it is null."
+        require(is_damped == (gamma is not None), "init_gamma", gamma, reason, remedy, code=Code.CONFLICT)
+    if init == "loftq" and "quantize" in settings:
+        reason, remedy = "corrects the error of quantisation, and adapter.quantize is null", "Add adapter.quantize=nf4."
+        require(settings["quantize"] is not None, "init", init, reason, remedy, code=Code.CONFLICT)
+    if settings.get("freeze_A") is True and (ratio := settings.get("lr_ratio")) is not None:
+        reason = "is a ratio to the learning rate of A, which freeze_A=true does not train"
+        require(float(ratio) == 1, "lr_ratio", ratio, reason, "Set optimizer.lr instead.", code=Code.CONFLICT)
+    first, rank = settings.get("init_rank"), settings.get("rank")
+    if first is not None and rank is not None:
+        reason = f"is below rank={rank}, the average that pruning is to end with"
+        require(int(first) >= int(rank), "init_rank", first, reason, code=Code.CONFLICT)
+    warmup, final = settings.get("warmup"), settings.get("final")
+    if warmup is not None and final is not None:
+        reason = f"leaves no steps to prune in after warmup={float(warmup):g}"
+        remedy = "The two shares must add up to less than 1."
+        require(float(warmup) + float(final) < 1, "final", final, reason, remedy, code=Code.CONFLICT)
 
 
 def _as_number(kind: type[int] | type[float], key: str, value: Any) -> float:

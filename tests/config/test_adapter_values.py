@@ -52,6 +52,28 @@ def test_other_values(key: str, value: object, code: Code) -> None:
     assert (caught.value.key, caught.value.code) == (key, code)
 
 
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"init": "lora_ga", "init_gamma": None}, "init_gamma"),
+        ({"init": "kaiming", "init_gamma": 16}, "init_gamma"),
+        ({"init": "loftq", "quantize": None}, "init"),
+        ({"freeze_A": True, "lr_ratio": "4"}, "lr_ratio"),
+        ({"rank": 8, "init_rank": "6"}, "init_rank"),
+        ({"warmup": "0.5", "final": 0.5}, "final"),
+    ],
+)
+def test_contradictions(settings: dict[str, object], key: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_values(settings)
+    assert (caught.value.key, caught.value.code) == (key, Code.CONFLICT)
+
+
+def test_settings_that_may_be_null() -> None:
+    check_values({"init": "eva", "init_gamma": None, "quantize": None, "freeze_A": True, "lr_ratio": 1})
+    check_values({"rank": 8, "init_rank": None, "warmup": None, "final": 0.5})
+
+
 def test_right_values() -> None:
     check_values({"layers": "top:2", "allocation": ["query=4"], "dropout": "0.1", "init": "eva", "quantize": "nf4"})
     check_values({"layers": [0, 1], "allocation": "gradient", "dropout": 0, "gain": "of another method"})

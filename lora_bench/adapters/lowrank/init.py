@@ -161,8 +161,6 @@ def lora_one(gradient: Tensor, rank: int, scaling: float, gamma: float) -> tuple
 
 FROM_DATA = {"eva": "moments", "lora_ga": "gradients", "lora_one": "gradients"}
 """The statistics of calibration_batches.py that a data-driven initialisation reads."""
-DAMPED = ("lora_ga", "lora_one")
-"""Initialisations with a γ."""
 SHORTENINGS = 6
 """How often the first step of `lora_one` is divided by 4 at most."""
 SUBTRACTED = frozenset({"pissa", "milora", "olora", "lora_ga"})

@@ -26,7 +26,6 @@ from lora_bench.adapters.lowrank.allocation import cubic_budget, keep_top
 from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.targets import LinearAdapter, require_rank
 from lora_bench.config.adapter_values import check_values
-from lora_bench.errors import Code, require
 
 if TYPE_CHECKING:
     from lora_bench.backbones.base import Backbone
@@ -61,22 +60,6 @@ class AdaLoRA(LinearAdapter):
         """Refuse values out of range, an `init_rank` below `rank`, and phases that leave no steps to prune in."""
         super().__post_init__()
         check_values(vars(self))
-        if self.init_rank is not None:
-            require(
-                self.init_rank >= self.rank,
-                "init_rank",
-                self.init_rank,
-                f"is below rank={self.rank}, the average that pruning is to end with",
-                code=Code.CONFLICT,
-            )
-        require(
-            self.warmup + self.final < 1,
-            "final",
-            self.final,
-            f"leaves no steps to prune in after warmup={self.warmup:g}",
-            "The two shares must add up to less than 1.",
-            code=Code.CONFLICT,
-        )
 
     @property
     def first_rank(self) -> int:

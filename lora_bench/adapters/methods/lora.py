@@ -40,7 +40,7 @@ from lora_bench.adapters.lowrank.loftq import loftq
 from lora_bench.adapters.targets import LinearAdapter, largest_rank, require_rank
 from lora_bench.backbones.quantization import quantize
 from lora_bench.config.adapter_values import check_values
-from lora_bench.errors import Code, UserError, require
+from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,39 +93,6 @@ class LoRA(LinearAdapter):
         """Refuse values out of range, unknown names and contradictory settings, with keys relative to `adapter`."""
         super().__post_init__()
         check_values(vars(self))
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        """Refuse settings that contradict each other.
-
-        `init_gamma` must be set exactly for `lora_ga` and `lora_one`; `init=loftq` needs `quantize`; `freeze_A`
-        excludes an `lr_ratio`.
-        """
-        damped = self.init in inits.DAMPED
-        require(
-            damped == (self.init_gamma is not None),
-            "init_gamma",
-            self.init_gamma,
-            f"{'must be a number' if damped else 'has no meaning'} with init={self.init}",
-            "The papers take 16 for lora_ga and 128 for lora_one; with any other init it is null.",
-            code=Code.CONFLICT,
-        )
-        require(
-            self.init != "loftq" or self.quantize is not None,
-            "init",
-            self.init,
-            "corrects the error of quantisation, and adapter.quantize is null",
-            "Add adapter.quantize=nf4.",
-            code=Code.CONFLICT,
-        )
-        require(
-            not self.freeze_A or self.lr_ratio == 1,
-            "lr_ratio",
-            self.lr_ratio,
-            "is a ratio to the learning rate of A, which freeze_A=true does not train",
-            "Set optimizer.lr instead.",
-            code=Code.CONFLICT,
-        )
 
     @property
     def factor(self) -> float:
