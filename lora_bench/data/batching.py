@@ -252,14 +252,12 @@ def evaluation_plan(table: TokenTable, batch_size: int | None) -> list[tuple[Row
 
 
 def few_lengths(length: int) -> int:
-    """Return the length, rounded up to a multiple of 4 above 16, of 8 above 128, and so on.
+    """Return the length, rounded up to a multiple of 2 above 8, of 4 above 16, of 8 above 32, and so on.
 
-    On a CPU with AMX the first product of a shape takes three to seven times as long as later ones, and keeps
-    megabytes. Two tokens more on average cost less (LOG.md).
+    So there are four lengths between a power of two and the next one. On a CPU with AMX the first product of a shape
+    takes three to seven times as long as later ones, and keeps megabytes; the padding costs less (LOG.md).
     """
-    multiple = 1 if length <= 16 else 4
-    while length > 32 * multiple:
-        multiple *= 2
+    multiple = max(1, (1 << (length - 1).bit_length()) // 8)
     return -(-length // multiple) * multiple
 
 

@@ -5,6 +5,7 @@ Members of a pack with different seeds share batches only because the shapes do 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_bench.data.batching import (
+    EVALUATION_TOKENS,
     LENGTH_RATIO,
     SMALLEST_BUCKET,
     Batch,
@@ -174,6 +176,17 @@ def test_evaluation_covers_every_row_once_longest_first(lengths: list[int], size
         lengths_of_batches.append(batch.input_ids.shape[1])
     assert sorted(evaluated_rows) == list(range(len(lengths)))
     assert lengths_of_batches == sorted(lengths_of_batches, reverse=True)
+
+
+def test_evaluation_without_a_batch_size_has_few_shapes_and_little_padding() -> None:
+    lengths = list(range(1, 129)) * 20
+    batches = list(evaluation_batches(table_of(lengths), None, PAD))
+    assert sorted(row for rows, _ in batches for row in rows.tolist()) == list(range(len(lengths)))
+    shapes = Counter(tuple(batch.input_ids.shape) for _, batch in batches)
+    assert len(shapes) <= 20  # without the rounding one for each length
+    cells = sum(rows * length * count for (rows, length), count in shapes.items())
+    assert sum(lengths) <= cells <= 1.15 * sum(lengths)
+    assert max(rows * length for rows, length in shapes) <= EVALUATION_TOKENS
 
 
 @pytest.mark.parametrize("members", [1, 3])
