@@ -40,7 +40,7 @@ from lora_bench.records import run_folder, sweep_folder
 from lora_bench.records.resume import resolve_folder
 from lora_bench.run.callbacks import ActiveRun, Callback, calling
 from lora_bench.run.trained_run import TrainedRun
-from lora_bench.sweeps.search_trials import FINAL, TRIALS, of_stage, setting_of
+from lora_bench.sweeps.search_trials import FINAL, REPEATS, TRIALS, of_stage, setting_of
 
 if TYPE_CHECKING:
     import pandas
@@ -53,13 +53,15 @@ class SearchResult:
     """A finished search: the best setting on the selection split, and the runs that trained it again."""
 
     folder: Path
-    """Of the sweep; the trials are below `trials/`, the final runs below `final/`."""
+    """Of the sweep; the trials are below `trials/`, their repeats below `repeats/`, the final runs below `final/`."""
     best: dict[str, Any]
     """The searched keys of the best setting with their values: `{"adapter": "dora", "optimizer.lr": 0.0012}`."""
     final: list[TrainedRun]
     """The best setting with fresh seeds, scored on the reported splits."""
     trials: list[TrainedRun]
     """The trials in their order; an eliminated one has no metrics."""
+    repeats: list[TrainedRun]
+    """The best trials with another seed; empty with `search.repeats=0`."""
 
 
 def train(
@@ -167,13 +169,15 @@ def search(
             raise UserError("does not search", key=key_of(override), remedy=remedy, code=Code.UNSUPPORTED)
     folder = _train([SEARCH, *arguments], "sweep", folder, resume, config_dir, quiet, callbacks)
     jobs = sweep_folder.read(folder).jobs
-    trials, final = (of_stage(jobs, stage) for stage in (TRIALS, FINAL))
+    trials, repeats, final = (of_stage(jobs, stage) for stage in (TRIALS, REPEATS, FINAL))
     searched = {key_of(text) for job in trials.values() for text in setting_of(job)}
     best = {
         key_of(text): parse_override(text).value() for text in next(iter(final.values())) if key_of(text) in searched
     }
     runs = {name: TrainedRun(folder / name, run_folder.read(folder / name)) for name in jobs}
-    return SearchResult(folder, best, [runs[name] for name in final], [runs[name] for name in trials])
+    return SearchResult(
+        folder, best, [runs[name] for name in final], [runs[name] for name in trials], [runs[name] for name in repeats]
+    )
 
 
 def compare(

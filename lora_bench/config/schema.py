@@ -559,18 +559,22 @@ class Packing:
 class Search:
     """The budget of `lora-bench search`, of which the limit that is reached first counts, and what follows it.
 
-    The best setting on the selection split is trained again with fresh seeds, beyond the budget. `pack.size` is the
-    number of trials that are suggested and trained together, and `pack.halving` eliminates the worse ones early.
+    The best trials on the selection split are trained again with another seed before one setting is chosen. That one is
+    trained with fresh seeds, beyond the budget. `pack.size` is the number of trials that are suggested and trained
+    together, and `pack.halving` eliminates the worse ones early.
     """
 
     trials: int | None
     """Maximum trials; null: no limit."""
     flops: float | None
-    """Maximum FLOPs of training all trials, as `cost.train_flops` of their records counts them; null: no limit. The
-    first pack always starts, a later one if it is expected to stay below."""
+    """Maximum FLOPs of training the trials and repeats, as `cost.train_flops` of their records counts them; null: no
+    limit. The first pack always starts, a later one if it is expected to stay below."""
     minutes: float | None
-    """Maximum minutes of all trials, time between an interruption and `resume` left out; null: no limit. Packs start as
-    with `flops`."""
+    """Maximum minutes of trials and repeats, time between an interruption and `resume` left out; null: no limit. Packs
+    start as with `flops`."""
+    repeats: int
+    """Number of the best trials that are trained again with another seed. The setting with the best mean of both is
+    chosen. 0 or 1: the best trial is chosen."""
     final_seeds: int
     """Number of seeds, those after `seed`, with which the best setting is trained again and scored on the reported
     splits."""
@@ -586,6 +590,7 @@ class Search:
         for name in ("flops", "minutes"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), 0, open_low=True)
+        require_number("repeats", self.repeats, 0)
         require_number("final_seeds", self.final_seeds, 1)
 
 

@@ -72,6 +72,7 @@ adapter=lora,dora adapter.rank=2,4,8          choices to search over
 adapter.dropout=interval(0,0.3)               numbers to search over
 optimizer.lr=tag(log,interval(1e-4,1e-2))     the same by orders of magnitude
 search.trials, search.flops, search.minutes   budgets; one is required
+search.repeats=2                              best trials that get a second seed
 search.final_seeds=3                          seeds that train the best again
 pack.size=6                                   trials that train together
 pack.halving=false                            eliminate no trial early

@@ -1,6 +1,7 @@
 """The search sweeper: it suggests settings in packs, and trains the best one again.
 
 trials/   settings that Optuna suggests, with one seed and without an evaluation of the reported split
+repeats/  the best of them with another seed, so that the choice among them depends less on chance
 final/    the best setting on the selection split with fresh seeds, scored on the reported split
 """
 
@@ -26,7 +27,12 @@ from lora_bench.console.format import format_number
 from lora_bench.console.stages import current_console, importing_libraries, show_progress, stage
 from lora_bench.console.text import note, sanitise
 from lora_bench.errors import Code, DivergedError, RunFailedError, UserError, require
-from lora_bench.hydra_plugins.lora_bench_grid_sweeper import GridSweeper, GridSweeperConf, in_subfolders
+from lora_bench.hydra_plugins.lora_bench_grid_sweeper import (
+    SUBDIR_KEY,
+    GridSweeper,
+    GridSweeperConf,
+    in_subfolders,
+)
 from lora_bench.records import sweep_folder
 from lora_bench.sweeps.search_sampler import suggest_pack
 from lora_bench.sweeps.search_space import (
@@ -40,13 +46,17 @@ from lora_bench.sweeps.search_space import (
 )
 from lora_bench.sweeps.search_trials import (
     FINAL,
+    REPEATS,
     TRIALS,
     UNREPORTED,
     Trial,
     affordable,
+    best_repeated,
     best_trial,
+    best_trials,
     full_flops,
     of_stage,
+    read_repeats,
     read_trials,
     seconds_spent,
     setting_of,
@@ -62,7 +72,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="search", node=SearchSw
 
 
 class SearchSweeper(GridSweeper):
-    """A search: packs of trials until the budget is spent, then the best setting with fresh seeds.
+    """A search: packs of trials until the budget is spent, the best ones once more, then the best with fresh seeds.
 
     The values in `params` are the space, which overrides of the command line replace by key.
 
@@ -194,24 +204,29 @@ class SearchSweeper(GridSweeper):
         return self._final_jobs(setting)
 
     def _work_to_come(self, jobs: Mapping[str, Sequence[str]]) -> list[float]:
-        """Return the work of the trials that the budget still allows, as far as it counts them, and the final runs."""
-        trials = [self.work.get(name, 0.0) for name in jobs if name.startswith(f"{TRIALS}/")]
-        if len(trials) < len(jobs):  # the final runs are known
+        """Return the work of the trials that the budget still allows, as far as it counts them, and of later stages."""
+        trials = [self.work.get(name, 0.0) for name in of_stage(jobs, TRIALS)]
+        if of_stage(jobs, FINAL):
             return []
+        if of_stage(jobs, REPEATS):
+            return [max(trials)] * self.search.final_seeds
         further = max(0, (self.search.trials or 0) - len(trials))
-        return [max(trials)] * (further + self.search.final_seeds)
+        repeats = self.search.repeats if self.search.repeats > 1 else 0
+        return [max(trials)] * (further + repeats + self.search.final_seeds)
 
     def _next_stage(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
-        """Return the next pack, or the final runs once the budget is spent or no new setting is left.
+        """Return the next pack; the repeats once the budget is spent or no new setting is left; then the final runs.
 
-        After a pack in which all trials have failed the search stops; it can be resumed.
+        After a pack in which all trials have failed, or all repeats have, the search stops; it can be resumed.
 
         Raises:
-            RunFailedError: the budget is spent, and every trial diverged.
+            RunFailedError: the budget is spent, and every trial or every repeat diverged.
         """
         if of_stage(jobs, FINAL):
             return []
         trials = read_trials(folder, jobs)
+        if of_stage(jobs, REPEATS):
+            return self._after_repeats(trials, read_repeats(folder, jobs))
         assert self.packing.size is not None
         if not any(trial.has_ended for trial in trials[-self.packing.size :]):
             return []
@@ -219,24 +234,43 @@ class SearchSweeper(GridSweeper):
         if settings:
             self._report_progress(trials, len(settings))
             return in_subfolders(map(self._trial_job, settings), TRIALS, len(trials))
-        best = best_trial(trials)
+        best = best_trials(trials, max(1, self.search.repeats))
+        if not best:
+            raise _unfinished("no trial was trained to its end, so no setting is chosen")
+        print(f"\nbest of {len(trials)} trials on the selection split: {_describe(best[0])}")
+        if len(best) == 1:
+            return self._final_jobs(best[0].setting)
+        print(f"training the best {len(best)} again with another seed before one is chosen")
+        seed = [f"seed={self._final_seeds().stop}"]
+        return in_subfolders(([*self._alone(), UNREPORTED, *trial.setting, *seed] for trial in best), REPEATS)
+
+    def _after_repeats(self, trials: Sequence[Trial], repeats: Sequence[Trial]) -> list[list[str]]:
+        """Return the final runs of the trial with the best mean; none if a repeat may still end well on `resume`.
+
+        Raises:
+            RunFailedError: every repeat diverged.
+        """
+        if not all(repeat.has_ended for repeat in repeats):
+            return []
+        best = best_repeated(trials, repeats)
         if best is None:
-            reason = "no trial was trained to its end, so no setting is chosen"
-            raise RunFailedError(reason, key="search", remedy="Search smaller learning rates.", code=Code.UNFINISHED)
-        print(f"\nbest of {len(trials)} trials on the selection split: {_describe(best)}")
+            raise _unfinished("every repeat diverged, so no setting is chosen")
+        print(f"\nbest mean of two seeds: {_describe(best)}")
         return self._final_jobs(best.setting)
 
     def _is_expected(self, job: Sequence[str], error: Exception) -> bool:
-        """Return whether a trial diverged, which is a result of the search."""
-        return isinstance(error, DivergedError) and any(f"={TRIALS}/" in text for text in job)
+        """Return whether a trial or a repeat diverged, which is a result of the search."""
+        is_chosen_from = any(text.startswith((f"{SUBDIR_KEY}={TRIALS}/", f"{SUBDIR_KEY}={REPEATS}/")) for text in job)
+        return isinstance(error, DivergedError) and is_chosen_from
 
     def _conclude(self, folder: Path) -> None:
-        """Print what the trials cost, then the comparison."""
-        trials = read_trials(folder, sweep_folder.read(folder).jobs)
+        """Print what the trials and repeats cost, then the comparison."""
+        jobs = sweep_folder.read(folder).jobs
+        trials, repeats = read_trials(folder, jobs), read_repeats(folder, jobs)
         statuses = ("done", "eliminated", "diverged", "failed", "interrupted")
         counts = {status: sum(trial.status == status for trial in trials) for status in statuses}
         print(f"\n{len(trials)} trials: {', '.join(f'{count} {status}' for status, count in counts.items() if count)}")
-        spent, grid = sum(trial.flops for trial in trials), self.space.grid_size * full_flops(trials)
+        spent, grid = sum(trial.flops for trial in [*trials, *repeats]), self.space.grid_size * full_flops(trials)
         if grid:
             estimate = f"a grid of {self.space.grid_size} settings, about {format_number(grid, 'FLOP')}"
             print(f"training them took {format_number(spent, 'FLOP')}, {100 * spent / grid:.0f} % of {estimate}")
@@ -285,12 +319,18 @@ class SearchSweeper(GridSweeper):
         return [*self.fixed, UNREPORTED, *setting]
 
     def _final_jobs(self, setting: Sequence[str]) -> list[list[str]]:
-        """Return the final runs of a setting, one for each of `search.final_seeds`; none of them is eliminated."""
+        """Return the final runs of a setting, one for each of `search.final_seeds`."""
+        return in_subfolders(([*self._alone(), *setting, f"seed={seed}"] for seed in self._final_seeds()), FINAL)
+
+    def _final_seeds(self) -> range:
+        """Return the seeds of the final runs; the one after them is that of the repeats."""
         assert self.config is not None
+        return range(self.config.seed + 1, self.config.seed + 1 + self.search.final_seeds)
+
+    def _alone(self) -> list[str]:
+        """Return the fixed overrides without a seed, for jobs of which none is eliminated."""
         fixed = [text for text in self.fixed if key_of(text) not in ("seed", "pack.size", "pack.halving")]
-        seeds = range(self.config.seed + 1, self.config.seed + 1 + self.search.final_seeds)
-        packing = ["pack.size=null", "pack.halving=false"]
-        return in_subfolders(([*fixed, *setting, *packing, f"seed={seed}"] for seed in seeds), FINAL)
+        return [*fixed, "pack.size=null", "pack.halving=false"]
 
     def _report_progress(self, trials: Sequence[Trial], count: int) -> None:
         """Print which trials come next, and the best one so far."""
@@ -303,6 +343,10 @@ class SearchSweeper(GridSweeper):
 def _describe(trial: Trial) -> str:
     """Return the setting of a done trial with its score: `adapter.rank=8 optimizer.lr=0.002 (mcc 0.5421)`."""
     return f"{' '.join(trial.setting)} ({trial.metric} {trial.score:.4f})"
+
+
+def _unfinished(reason: str) -> RunFailedError:
+    return RunFailedError(reason, key="search", remedy="Search smaller learning rates.", code=Code.UNFINISHED)
 
 
 def _has_key(config: Any, key: str) -> bool:

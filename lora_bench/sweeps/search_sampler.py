@@ -3,9 +3,8 @@
 A Gaussian process models the results (Jones et al. 1998): it tells noise from effects, and neighbours learn from one
 another. If some methods lack some of the keys it is TPE (Bergstra et al. 2011), which allows that.
 
-Both get ranks, as normal scores (Salinas et al. 2020, arXiv 1909.13595): a learning rate at which a trial fails would
-otherwise hide the differences of the good ones. Eliminated trials have a rank too, by an estimate of what they may have
-become.
+Eliminated trials count too, by an estimate of what they may have become. Results far below the median are raised: a
+learning rate at which a trial fails would otherwise hide the differences of the good ones.
 
 Nothing of Optuna's is stored: the study is rebuilt from the trials' records before each pack. The trials of a pack are
 suggested one after another, and the samplers know of those that have no result yet, so that they differ.
@@ -13,7 +12,9 @@ suggested one after another, and the samplers know of those that have no result 
 
 from __future__ import annotations
 
+import math
 import warnings
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.config.keys import split_override
@@ -66,7 +67,6 @@ def suggest_pack(
                 suggestion = study.ask()
                 setting = space.suggest(suggestion)
                 if setting in tried or not is_valid(setting):
-                    study.tell(suggestion, state=optuna.trial.TrialState.FAIL)
                     rejected += 1
                 else:
                     settings.append(setting)
@@ -86,27 +86,29 @@ def _model(space: SearchSpace, count: int, seed: int) -> BaseSampler:
 
 
 def _study(space: SearchSpace, trials: Sequence[Trial], sampler: Any) -> Study:
-    """Return a study that holds the trials that have ended, with the normal scores of their ranks.
+    """Return a study that holds the trials that have ended, with their results.
 
-    One that diverged or failed has the worst rank: most failures repeat, as that of a rank above a layer's width.
+    One that diverged or failed has the worst: most failures repeat, as that of a rank above a layer's width.
     """
     import optuna
 
     study = optuna.create_study(direction="maximize", sampler=sampler)
     ended = [trial for trial in trials if trial.has_ended or trial.status == "failed"]
     known = [(trial, parameters) for trial in ended if (parameters := space.parameters(trial.setting)) is not None]
-    scores = _normal_scores(estimate_final_scores([trial for trial, _ in known]))
+    scores = _without_outliers(estimate_final_scores([trial for trial, _ in known]))
     for (_, parameters), score in zip(known, scores, strict=True):
         distributions = space.distributions(parameters)
         study.add_trial(optuna.create_trial(value=score, params=parameters, distributions=distributions))
     return study
 
 
-def _normal_scores(values: Sequence[float]) -> list[float]:
-    """Return the quantiles of the normal distribution at the ranks of `values`; equal ones have their mean rank."""
-    from scipy.stats import norm, rankdata
-
-    return [float(norm.ppf((rank - 0.5) / len(values))) for rank in rankdata(values)] if values else []
+def _without_outliers(values: Sequence[float]) -> list[float]:
+    """Return the values, of which none is farther below the median than the best one is above it."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return [0.0] * len(values)
+    lowest = 2 * median(finite) - max(finite)
+    return [max(value, lowest) for value in values]
 
 
 def _untried_defaults(space: SearchSpace, trials: Sequence[Trial]) -> list[dict[str, Any]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_bench.config.recorded_task import main_metric
 from lora_bench.files.untrusted import as_number
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
 
     from lora_bench.config.schema import Packing, Search
 
-TRIALS, FINAL = "trials", "final"
-"""The folders of the two stages below that of the search."""
+TRIALS, REPEATS, FINAL = "trials", "repeats", "final"
+"""The folders of the three stages below that of the search."""
+JobT = TypeVar("JobT", bound="Sequence[str]")
 UNREPORTED = "data.report=false"
 """The override of every trial that stands before its setting: the reported splits are not scored."""
 
 
-def of_stage(jobs: Mapping[str, list[str]], stage: str) -> dict[str, list[str]]:
+def of_stage(jobs: Mapping[str, JobT], stage: str) -> dict[str, JobT]:
     """Return the jobs whose folders are below that of a stage."""
     return {name: job for name, job in jobs.items() if name.startswith(f"{stage}/")}
 
 
 def setting_of(job: Sequence[str]) -> list[str]:
-    """Return the overrides of a trial's job that set the searched keys: those between `UNREPORTED` and its folder."""
+    """Return the overrides of a trial's job that set the searched keys: those after `UNREPORTED`, its seed left out."""
     start = max((i for i, text in enumerate(job) if text == UNREPORTED), default=len(job))
-    return [text for text in job[start + 1 :] if not text.startswith("hydra.")]
+    return [text for text in job[start + 1 :] if not text.startswith(("hydra.", "seed="))]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,16 @@ def read_trials(folder: Path, jobs: Mapping[str, list[str]]) -> list[Trial]:
     Raises:
         UserError: a record is damaged.
     """
-    return [_read_trial(folder / name, setting_of(job)) for name, job in of_stage(jobs, TRIALS).items()]
+    return _read_stage(folder, jobs, TRIALS)
+
+
+def read_repeats(folder: Path, jobs: Mapping[str, list[str]]) -> list[Trial]:
+    """Return the repeats of the best trials, like `read_trials`."""
+    return _read_stage(folder, jobs, REPEATS)
+
+
+def _read_stage(folder: Path, jobs: Mapping[str, list[str]], stage: str) -> list[Trial]:
+    return [_read_trial(folder / name, setting_of(job)) for name, job in of_stage(jobs, stage).items()]
 
 
 def _read_trial(folder: Path, setting: list[str]) -> Trial:
@@ -111,8 +121,23 @@ def _period(record: Mapping[str, Any]) -> tuple[datetime, datetime] | None:
 
 def best_trial(trials: Sequence[Trial]) -> Trial | None:
     """Return the done trial with the best score, the first of equals; None if none is done."""
+    return next(iter(best_trials(trials, 1)), None)
+
+
+def best_trials(trials: Sequence[Trial], count: int) -> list[Trial]:
+    """Return at most `count` done trials with the best scores, the best one first; of equals the first ones."""
     done = [trial for trial in trials if trial.score is not None]
-    return max(done, key=lambda trial: trial.score or 0.0, default=None)
+    return sorted(done, key=lambda trial: trial.score or 0.0, reverse=True)[:count]
+
+
+def best_repeated(trials: Sequence[Trial], repeats: Sequence[Trial]) -> Trial | None:
+    """Return the repeated trial with the best mean score of both seeds, which it has as its score; None without one.
+
+    A trial whose repeat diverged is not chosen.
+    """
+    scores = {tuple(trial.setting): trial.score for trial in trials}
+    pairs = [(repeat, scores[tuple(repeat.setting)], repeat.score) for repeat in repeats]
+    return best_trial([replace(r, score=(a + b) / 2) for r, a, b in pairs if a is not None and b is not None])
 
 
 def estimate_final_scores(trials: Sequence[Trial]) -> list[float]:
@@ -164,19 +189,20 @@ def affordable(trials: Sequence[Trial], search: Search, packing: Packing, second
 
     Args:
         trials: so far; without any the first pack is limited by the number of trials only.
-        search: the budget.
+        search: the budget, of which the repeats get their part.
         packing: the size of a pack, and whether trials are eliminated.
         seconds: spent so far.
     """
     assert packing.size is not None
     size = packing.size if search.trials is None else min(packing.size, search.trials - len(trials))
     spent, full = sum(trial.flops for trial in trials), full_flops(trials)
+    reserved = full * search.repeats if search.repeats > 1 else 0.0
     if not trials:
         return max(0, size)
     steps = max(1, *(trial.steps for trial in trials))
     for count in range(size, 0, -1):
         trained = sum(members_by_step(count, steps)) / steps if packing.halving else count
-        expected = full * trained
+        expected = full * trained + reserved
         within_flops = search.flops is None or spent + expected <= search.flops
         expected_seconds = seconds * expected / spent if spent else 0.0
         within_time = search.minutes is None or seconds + expected_seconds <= 60 * search.minutes

@@ -64,7 +64,7 @@ def learning_rate_as_score() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> api.SearchResult:
-    """A search that was not interrupted: two packs of two trials, and two final runs."""
+    """A search that was not interrupted: two packs of two trials, two repeats and two final runs."""
     with learning_rate_as_score():
         return api.search(*REQUEST, folder=tmp_path_factory.mktemp("search") / "whole", quiet=True)
 
@@ -75,7 +75,10 @@ def test_the_best_trial_on_selection_is_trained_again_and_reported(whole: api.Se
     assert sorted(row[4] for row in trials) == ["done", "done", "eliminated", "eliminated"]
     assert all(run.record["config"]["data"]["report"] is False for run in whole.trials)
     assert not any("validation" in key for run in whole.trials for key in run.metrics)
-    best = max((row for row in trials if row[4] == "done"), key=lambda row: row[5])
+    done = sorted((row for row in trials if row[4] == "done"), key=lambda row: -row[5])
+    assert [row[:4] for row in results(whole.folder, "repeats")] == [(*row[:3], 10) for row in done]
+    assert not any("validation" in key for run in whole.repeats for key in run.metrics)
+    best = done[0]
     assert [row[:4] for row in results(whole.folder, "final")] == [(*best[:3], 8), (*best[:3], 9)]
     assert whole.best["adapter"] == best[0]
     assert (whole.best.get("adapter.rank"), whole.best["optimizer.lr"]) == best[1:3]
@@ -83,7 +86,7 @@ def test_the_best_trial_on_selection_is_trained_again_and_reported(whole: api.Se
     assert all("search" not in run.record["config"] for run in [*whole.trials, *whole.final])
     frame = api.compare(whole.folder)
     assert list(frame["n"]) == [2]
-    assert "4 runs that only chose a setting (data.report=false) are not shown" in frame.attrs["notes"]
+    assert "6 runs that only chose a setting (data.report=false) are not shown" in frame.attrs["notes"]
 
 
 @in_empty_folder
@@ -92,12 +95,12 @@ def test_a_killed_search_resumes_without_losing_a_trial(
 ) -> None:
     with learning_rate_as_score():
         answers = interrupt_and_resume(
-            monkeypatch, ["sweep=search", *REQUEST, FOLDER], (2, 7)
-        )  # in a pack, in a final run
-    assert [answer.code for answer in answers] == [130, 130, 0]
+            monkeypatch, ["sweep=search", *REQUEST, FOLDER], (2, 7, 9)
+        )  # in a pack, in a repeat, in a final run
+    assert [answer.code for answer in answers] == [130, 130, 130, 0]
     assert "4 trials: 2 done, 2 eliminated" in answers[-1].out
     assert f"of a grid of {2 * 4 + 4} settings" in answers[-1].out
-    for stage in ("trials", "final"):
+    for stage in ("trials", "repeats", "final"):
         assert results(Path("sweep"), stage) == results(whole.folder, stage)
     before = files_below(Path("sweep/trials"))
     assert lora_bench("search", "resume=sweep").code == 0
@@ -106,7 +109,7 @@ def test_a_killed_search_resumes_without_losing_a_trial(
 
 @in_empty_folder
 def test_a_search_that_was_killed_between_packs_is_the_last_unfinished_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = [*TASK, "adapter.rank=1,2", "search.trials=2", "search.final_seeds=1", "pack.halving=false"]
+    request = [*TASK, "adapter.rank=1,2", "search.trials=2", "search.repeats=0", "search.final_seeds=1"]
     with monkeypatch.context() as patch:
         patch.setattr(sweep_folder, "extend", signalled(signal.SIGTERM))
         assert lora_bench("search", *request).code == 143
@@ -141,6 +144,7 @@ def test_a_dry_run_estimates_and_leaves_nothing() -> None:
         (SPACE, Code.MISSING, "search.trials"),
         ([*SPACE, "search.trials=0"], Code.INVALID_VALUE, "search.trials"),
         ([*SPACE, "search.flops=0"], Code.INVALID_VALUE, "search.flops"),
+        ([*SPACE, "search.trials=5", "search.repeats=-1"], Code.INVALID_VALUE, "search.repeats"),
         ([*SPACE, "search.minutes=-1"], Code.INVALID_VALUE, "search.minutes"),
         ([*SPACE, "search.trails=5"], Code.UNKNOWN_KEY, "search.trails"),
         ([*SPACE, "search.trials=5", "pack.size=null"], Code.INVALID_VALUE, "pack.size"),

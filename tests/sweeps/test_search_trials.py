@@ -11,6 +11,7 @@ from lora_bench.config.schema import Packing, Search
 from lora_bench.sweeps.search_trials import (
     Trial,
     affordable,
+    best_repeated,
     best_trial,
     estimate_final_scores,
     full_flops,
@@ -19,8 +20,10 @@ from lora_bench.sweeps.search_trials import (
 )
 
 
-def budget(trials: int | None = None, flops: float | None = None, minutes: float | None = None) -> Search:
-    return Search(trials=trials, flops=flops, minutes=minutes, final_seeds=1)
+def budget(
+    trials: int | None = None, flops: float | None = None, minutes: float | None = None, repeats: int = 0
+) -> Search:
+    return Search(trials=trials, flops=flops, minutes=minutes, repeats=repeats, final_seeds=1)
 
 
 def pack(*, halving: bool = True) -> Packing:
@@ -43,6 +46,9 @@ HALVED = [DONE, ELIMINATED, ELIMINATED, ELIMINATED]
         (budget(flops=140 + 159), True, 3),
         (budget(flops=140 + 79), True, 0),
         (budget(flops=140 + 160), False, 2),
+        (budget(flops=140 + 160 + 160, repeats=2), True, 4),
+        (budget(flops=140 + 160 + 159, repeats=2), True, 3),
+        (budget(flops=140 + 160, repeats=1), True, 4),  # there is nothing to choose between, so nothing is repeated
         (budget(trials=100, minutes=15.1 / 60), True, 4),  # a second for each 20 FLOPs
         (budget(minutes=8 / 60), True, 0),
     ],
@@ -74,6 +80,19 @@ def test_an_eliminated_trial_is_judged_by_what_the_others_gained_later() -> None
     assert estimate_final_scores(eliminated) == [0.1, 0.25]
 
 
+def test_the_best_mean_of_two_seeds_wins() -> None:
+    lucky = Trial(["adapter.rank=8"], "done", 0.6)
+    unlucky, steady = Trial(lucky.setting, "done", 0.3), Trial(DONE.setting, "done", 0.52)
+    best = best_repeated([lucky, DONE], [unlucky, steady])
+    assert best is not None
+    assert (best.setting, best.score) == (DONE.setting, pytest.approx(0.51))
+    diverged = Trial(DONE.setting, "diverged")
+    best = best_repeated([lucky, DONE], [unlucky, diverged])
+    assert best is not None
+    assert best.setting == lucky.setting
+    assert best_repeated([lucky, DONE], [diverged]) is None
+
+
 def test_time_counts_once_for_a_pack_and_not_between_processes() -> None:
     now = datetime.now(UTC)
 
@@ -86,6 +105,7 @@ def test_time_counts_once_for_a_pack_and_not_between_processes() -> None:
 
 
 def test_a_trials_setting_is_read_from_its_job() -> None:
-    job = ["adapter=lora", "data.report=false", "adapter.rank=2", "optimizer.lr=0.1", "hydra.sweep.subdir=trials/3"]
-    assert setting_of(job) == ["adapter.rank=2", "optimizer.lr=0.1"]
+    job = ["adapter=lora", "data.report=false", "adapter.rank=2", "optimizer.lr=0.1"]
+    assert setting_of([*job, "hydra.sweep.subdir=trials/3"]) == ["adapter.rank=2", "optimizer.lr=0.1"]
+    assert setting_of([*job, "seed=4", "hydra.sweep.subdir=repeats/0"]) == ["adapter.rank=2", "optimizer.lr=0.1"]
     assert setting_of(["adapter=lora"]) == []
