@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_bench.backbones.dropout import drop_out
+
 KEPT_LENGTH = 64
 """Up to this many tokens, attention probabilities are saved for the backward pass; beyond, they are recomputed."""
 
@@ -35,7 +37,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads
     q, k, v = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in (query, key, value))  # (N, heads, ·, d)
     if query.device.type == "cpu":
         scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-        probabilities = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+        probabilities = drop_out((scores if mask is None else scores + mask).softmax(-1), dropout)
         attended = probabilities @ v
     else:
         attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)

@@ -92,7 +92,7 @@ def test_a_failure_at_the_end_of_a_run_leaves_it_done() -> None:
 def test_a_search_whose_callback_fails_is_resumed() -> None:
     request = [*toy_run("trainer.max_steps=4", "pack.size=2"), "trainer.eval_every=2", "adapter=lora"]
     request += ["adapter.rank=1,2,3", "optimizer.lr=1e-3", "pack.halving=false"]
-    request += ["search.trials=3", "search.final_seeds=1"]
+    request += ["search.trials=3", "search.repeats=0", "search.final_seeds=1"]
 
     class InThirdTrial(Listener):
         def on_evaluation(self, run: api.ActiveRun, member: str, line: Mapping[str, Any]) -> None:
@@ -115,4 +115,14 @@ def test_wrong_requests_are_refused() -> None:
         api.train(*TOY_RUN, callbacks=[print])  # type: ignore[list-item]
     with refuses(Code.CONFLICT, key="pack.workers"):
         api.sweep(*TOY_RUN, "seed=0,1", "pack.workers=2", callbacks=[Listener()])
+    assert not files_below(Path.cwd())
+
+
+def test_processes_that_cannot_call_them_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = ["hydra/launcher=slurm", "hydra.launcher.cluster=local", "hydra.launcher.gpus=0"]
+    with refuses(Code.CONFLICT, key="hydra/launcher"):
+        api.sweep(*TOY_RUN, "seed=0,1", *slurm, callbacks=[Listener()])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with refuses(Code.UNSUPPORTED, key="callbacks"):
+        api.train(*TOY_RUN, callbacks=[Listener()])
     assert not files_below(Path.cwd())

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_bench.adapters.base import Update
+from lora_bench.backbones.dropout import keep_mask
 from lora_bench.backbones.quantized_modules import QuantizedWeight, quantized_weight
 
 if TYPE_CHECKING:
@@ -311,12 +312,3 @@ def _scaled(frozen: Tensor | QuantizedWeight | QuantizedRows, ratio: Tensor | No
     """Return W (out, in) with its rows multiplied by the ratio (out,); None means 1."""
     weight = frozen if isinstance(frozen, Tensor) else frozen.dequantize()
     return weight if ratio is None else torch.addcmul(weight, weight, (ratio - 1).to(weight.dtype)[:, None])
-
-
-def keep_mask(x: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-    """Return an inverted-dropout mask of x's shape: 0 with probability `dropout`, else 1 / (1 − dropout).
-
-    It is drawn from the member's own stream, so that a member of a pack drops what a single run would drop.
-    """
-    keep = 1.0 - dropout
-    return torch.empty_like(x).bernoulli_(keep, generator=generator).div_(keep)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from lora_bench.adapters.base import Update
 from lora_bench.adapters.lowrank.allocation import cubic_budget, keep_top
-from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.targets import LinearAdapter, require_rank
+from lora_bench.backbones.dropout import keep_mask
 from lora_bench.config.adapter_values import check_values
 
 if TYPE_CHECKING:

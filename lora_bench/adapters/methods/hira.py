@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lora_bench.adapters.base import Update
 from lora_bench.adapters.lowrank.init import random_A
-from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.targets import LinearAdapter, require_rank
+from lora_bench.backbones.dropout import keep_mask
 from lora_bench.backbones.quantized_modules import quantized_weight
 from lora_bench.config.adapter_values import check_values
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from lora_bench.adapters.base import Update
 from lora_bench.adapters.lowrank.init import singular_triplets
-from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.targets import LinearAdapter, require_rank
+from lora_bench.backbones.dropout import keep_mask
 from lora_bench.config.adapter_values import check_values
 
 SIGMA = 1e-5

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_bench.adapters.base import Update
-from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.targets import LinearAdapter
+from lora_bench.backbones.dropout import keep_mask
 from lora_bench.config.adapter_values import check_values
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_bench.adapters.lowrank.linear import LowRank, keep_mask
+from lora_bench.adapters.lowrank.linear import LowRank
+from lora_bench.backbones.dropout import keep_mask
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence

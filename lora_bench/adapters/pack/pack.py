@@ -22,6 +22,7 @@ from lora_bench.adapters.pack.batched_lora import ParameterSync, batching_key
 from lora_bench.adapters.pack.member_modules import ActiveMembers, AdaptedLinear, MemberHeads
 from lora_bench.adapters.pack.state import PackState
 from lora_bench.backbones.activation_checkpointing import ActivationCheckpointing
+from lora_bench.backbones.dropout import replace_dropout, restore_dropout
 from lora_bench.head.pair_features import compute_pair_features
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class Pack(PackState):
         self._syncs: dict[tuple[int, ...], ParameterSync] = {}
         """Stacked parameters of each group of members that the adapted linears are prepared for."""
         self.network.requires_grad_(self.trains_backbone)
+        if self.trains_backbone:
+            replace_dropout(self.network)
         attach_heads(backbone, self.members, self._active)
         self._attach_updates()
 
@@ -89,6 +92,7 @@ class Pack(PackState):
         """Put the backbone's own modules back, unchanged."""
         self.checkpoint_activations(False)
         detach(self.network, AdaptedLinear, MemberHeads)
+        restore_dropout(self.network)
 
     def _attach_updates(self) -> None:
         """Attach the members' present updates to the network, find the first adapted layer, and discard the stacks.

@@ -14,11 +14,11 @@ import transformers
 from peft.tuners.adalora.layer import RankAllocator, SVDLinear
 from torch import Tensor, nn
 
-from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.methods.adalora import AdaLoRA, AdaLoRAUpdate
 from lora_bench.adapters.pack.member import Member, stream
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.peft import files
+from lora_bench.backbones.dropout import keep_mask
 from lora_bench.errors import Code
 from tests.adapters.tools import adapter, assert_close, merged_logits, pack, stir, train, trainer
 from tests.backbones.tools import enliven, make, random_batch, reference, save, spread

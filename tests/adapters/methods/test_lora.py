@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_bench.adapters.lowrank.linear import LowRank, keep_mask
+from lora_bench.adapters.lowrank.linear import LowRank
 from lora_bench.adapters.pack.member import stream
+from lora_bench.backbones.dropout import keep_mask
 from lora_bench.errors import Code
 from tests.adapters.tools import adapter, assert_close, assert_out_of_range, doubled, pack, stir, tables, trainer
 from tests.adapters.tools import train as fit

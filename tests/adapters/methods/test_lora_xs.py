@@ -10,11 +10,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.methods.lora_xs import SIGMA, LoRAXSUpdate
 from lora_bench.adapters.pack.member import Member, stream
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.peft import files
+from lora_bench.backbones.dropout import keep_mask
 from lora_bench.errors import Code
 from tests.adapters.tools import adapter, assert_close, assert_out_of_range, merged_logits, pack, stir, train, trainer
 from tests.backbones.tools import FORMS, enliven, held, make, random_batch, reference, save, spread

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from lora_bench.adapters.lowrank.linear import keep_mask
 from lora_bench.adapters.pack.member import Member, stream
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.adapters.peft import files
+from lora_bench.backbones.dropout import keep_mask
 from tests.adapters.tools import (
     adapter,
     assert_close,
