@@ -20,6 +20,7 @@ from lora_bench.errors import LostFolderError, RunFailedError
 from lora_bench.training import head_initialisation
 from lora_bench.training.distributed import SINGLE_PROCESS, Processes
 from lora_bench.training.member_run import MemberRun, isolate_failure
+from lora_bench.training.memory import trim_freed_memory
 from lora_bench.training.micro_batching import in_micro_batches
 from lora_bench.training.model_selection import evaluate_members, update_best
 from lora_bench.training.successive_halving import eliminated, rank_by, survivors
@@ -108,6 +109,8 @@ class MixtureSteps:
         self.backward = mixture.backward(pack, trainer)
         batches = mixture.batches(pack, trainer.batch_size, self.backward.multiple)
         self.batches = islice(batches, first_step - 1, None)
+        self.largest = 0
+        """Tokens of the largest batch so far, padding included."""
 
     def step(self, step: int, processes: Processes) -> tuple[dict[int, float], int]:
         """Make one update of every running member; a failure in its update ends that member alone.
@@ -123,6 +126,9 @@ class MixtureSteps:
         with pack.only(numbers):
             batch = next(self.batches).select_members([self.mixture.members.index(k) for k in numbers])
             losses = dict.fromkeys(numbers, 0.0)
+            if batch.input_ids.numel() > self.largest:
+                self.largest = batch.input_ids.numel()
+                trim_freed_memory()  # the blocks of smaller batches do not fit this one
             if pack.backbone.is_sharded:
                 work = partial(self._backward_in_step, batch, processes)
                 losses = in_micro_batches(pack, batch, self.trainer.micro_batch_size, work)
