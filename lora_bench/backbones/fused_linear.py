@@ -171,7 +171,7 @@ class LinearRows(nn.Linear):
         """Hold its rows of the weight itself from now on.
 
         Args:
-            quant_type: one of `QUANT_TYPES`; None: as numbers.
+            quant_type: a key of `QUANT_BITS`; None: as numbers.
             like: a tensor of the precision of the products, on the device.
         """
         rows = self.weight.detach().to(like.device)

@@ -35,9 +35,6 @@ QUANTIZED_BLOCKS = 2**14
 CACHED_BLOCKS = 4096
 """Number of blocks that are dequantised at a time on a CPU: 1 MB in fp32."""
 
-QUANT_TYPES: tuple[str, ...] = tuple(QUANT_BITS)
-"""The quantisation types: values of `model.quantize` and `adapter.quantize`."""
-
 # Quantiles of the standard normal distribution, scaled to reach -1 and 1; eight at and below zero, eight above.
 _NORMAL_FLOAT = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -64,7 +61,7 @@ class Quantized:
     shape: tuple[int, ...]
     """The shape of the weight, (out, in)."""
     quant_type: str
-    """One of `QUANT_TYPES`."""
+    """A key of `QUANT_BITS`."""
 
     def rows(self, index: Any) -> Quantized | None:
         """Return some rows of the weight, quantised as they are; None where a block reaches from one row into the next.
@@ -102,7 +99,7 @@ def quantize(weight: Tensor, quant_type: str) -> Quantized:
 
     Args:
         weight: (out, in), in any floating type.
-        quant_type: one of `QUANT_TYPES`.
+        quant_type: a key of `QUANT_BITS`.
     """
     values = weight.detach().flatten()
     parts = [_quantize_blocks(part, quant_type) for part in torch.split(values, QUANTIZED_BLOCKS * BLOCK)]

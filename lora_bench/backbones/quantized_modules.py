@@ -163,7 +163,7 @@ def quantize_linear(linear: nn.Linear, quant_type: str, like: Tensor) -> Quantiz
 
     Args:
         linear: with its weight as it is stored, on any device.
-        quant_type: one of `QUANT_TYPES`.
+        quant_type: a key of `QUANT_BITS`.
         like: a tensor of the precision of the products, on the device.
     """
     stored = linear.weight.detach()

@@ -27,7 +27,7 @@ class Quantization:
     """The types in which a frozen network's weights are held; None: as numbers."""
 
     linears: str | None = None
-    """Of the linears of the layers: one of `QUANT_TYPES`."""
+    """Of the linears of the layers: a key of `QUANT_BITS`."""
     embeddings: str | None = None
     """Of token embeddings and the language-model head: `int8`."""
 
@@ -38,7 +38,7 @@ def quantize_linears(network: nn.Module, linears: Iterable[nn.Linear], quant_typ
     Args:
         network: has the linears.
         linears: with their weights as they are stored, on any device; no part of a fused one.
-        quant_type: one of `QUANT_TYPES`.
+        quant_type: a key of `QUANT_BITS`.
         like: a tensor of the precision of the products, on the device.
     """
     replaced: dict[nn.Module, nn.Module] = {}

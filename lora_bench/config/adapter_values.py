@@ -24,8 +24,6 @@ DAMPED_INITS = ("lora_ga", "lora_one")
 """Values of `init` that need `init_gamma`."""
 ALLOCATIONS = ("uniform", "sensitivity", "eva", "gradient")
 """Values of `allocation` that are names."""
-QUANT_TYPES = tuple(QUANT_BITS)
-"""Values of `quantize`."""
 
 LAYERS_REMEDY = "For example adapter.layers=top:2 or 'adapter.layers=[0,1]'."
 
@@ -65,7 +63,7 @@ NUMBERS = {
     "final": _SHARE,
     "interval": _COUNT,
 }
-CHOICES = {"scaling": SCALINGS, "init": INITS, "quantize": QUANT_TYPES}
+CHOICES = {"scaling": SCALINGS, "init": INITS, "quantize": tuple(QUANT_BITS)}
 
 
 def check_values(settings: Mapping[str, Any]) -> None:

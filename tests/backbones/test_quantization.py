@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_bench.backbones import bitsandbytes_kernels, quantization
-from lora_bench.backbones.quantization import QUANT_TYPES, Quantized, quantize
+from lora_bench.backbones.quantization import Quantized, quantize
+from lora_bench.config.schema import QUANT_BITS
 
 BITS = {"nf4": 4, "int8": 8, "int4": 4, "int2": 2}
 # Appendix E of the QLoRA paper (arXiv 2305.14314).
@@ -44,7 +45,7 @@ def loss(weight: Tensor, quantized: Quantized) -> float:
 
 
 def test_there_are_the_four_kinds() -> None:
-    assert set(QUANT_TYPES) == set(BITS)
+    assert set(QUANT_BITS) == set(BITS)
 
 
 def test_nf4_has_the_published_levels() -> None:
@@ -119,7 +120,7 @@ def test_a_weight_larger_than_what_is_quantised_at_a_time_has_the_codes_of_its_b
 # -- what holds for every kind --
 
 
-@pytest.mark.parametrize("kind", QUANT_TYPES)
+@pytest.mark.parametrize("kind", QUANT_BITS)
 def test_each_value_becomes_its_nearest_level(kind: str) -> None:
     weight = draw(48, 64)
     scales = weight.abs().amax(1, keepdim=True).double()
@@ -139,7 +140,7 @@ def test_no_value_is_off_by_more_than_half_the_widest_gap(kind: str, bound: floa
 
 def test_on_normal_weights_nf4_beats_int4_and_more_bits_beat_fewer() -> None:
     weight = draw(256, 256)
-    lost = {kind: loss(weight, quantize(weight, kind)) for kind in QUANT_TYPES}
+    lost = {kind: loss(weight, quantize(weight, kind)) for kind in QUANT_BITS}
     assert lost["int8"] < lost["nf4"] < lost["int4"] < lost["int2"]
     assert lost["nf4"] < 0.1 < lost["int4"] < 0.12
 
@@ -154,7 +155,7 @@ def test_a_value_costs_its_bits_and_half_a_bit_of_scale(kind: str, stored: float
 
 @settings(deadline=None, max_examples=60)
 @given(
-    rows=st.integers(1, 9), columns=st.integers(1, 70), kind=st.sampled_from(QUANT_TYPES), power=st.integers(-12, 12),
+    rows=st.integers(1, 9), columns=st.integers(1, 70), kind=st.sampled_from(list(QUANT_BITS)), power=st.integers(-12, 12),
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_size_keeps_its_shape_and_is_quantised_once_and_for_all(
@@ -175,7 +176,7 @@ def test_any_size_keeps_its_shape_and_is_quantised_once_and_for_all(
     assert torch.equal(Quantized(*stored).dequantize(), left)
 
 
-@pytest.mark.parametrize("kind", QUANT_TYPES)
+@pytest.mark.parametrize("kind", QUANT_BITS)
 def test_zeros_stay_zero_beside_other_blocks(kind: str) -> None:
     weight = torch.cat([torch.zeros(2, 64), draw(1, 64)])
     left = quantize(weight, kind).dequantize()
@@ -185,7 +186,7 @@ def test_zeros_stay_zero_beside_other_blocks(kind: str) -> None:
     assert (quantize(torch.zeros(2, 64), "nf4").codes == 0x77).all()  # the number of its level 0, twice
 
 
-@pytest.mark.parametrize("kind", QUANT_TYPES)
+@pytest.mark.parametrize("kind", QUANT_BITS)
 def test_a_value_that_is_no_finite_number_is_not_hidden(kind: str) -> None:
     for wrong in (math.nan, math.inf, -math.inf):
         weight = draw(2, 64)

@@ -32,7 +32,7 @@ def loftq(weight: Tensor, rank: int, quant_type: str, iterations: int) -> tuple[
     Args:
         weight: (out, in), in any floating type.
         rank: from 1 to min(out, in).
-        quant_type: one of `QUANT_TYPES`.
+        quant_type: a key of `QUANT_BITS`.
         iterations: at least 1.
 
     Returns:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_bench.adapters.lowrank.loftq import loftq
-from lora_bench.backbones.quantization import QUANT_TYPES, Quantized, quantize
+from lora_bench.backbones.quantization import Quantized, quantize
+from lora_bench.config.schema import QUANT_BITS
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -39,7 +40,7 @@ def numpy_loftq(weight: Tensor, rank: int, kind: str, iterations: int) -> list[t
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16])
-@pytest.mark.parametrize("kind", QUANT_TYPES)
+@pytest.mark.parametrize("kind", QUANT_BITS)
 def test_loftq_is_the_best_iterate_of_algorithm_1(kind: str, rank: int) -> None:
     weight = draw(48, 80)
     Q, lora_A, lora_B = loftq(weight, rank, kind, 5)
@@ -51,7 +52,7 @@ def test_loftq_is_the_best_iterate_of_algorithm_1(kind: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 8, 32])
-@pytest.mark.parametrize("kind", QUANT_TYPES)
+@pytest.mark.parametrize("kind", QUANT_BITS)
 def test_loftq_is_closer_than_quantising_alone_and_more_iterations_are_never_worse(kind: str, rank: int) -> None:
     weight = draw(80, 48, seed=1)
     alone = loss(weight, quantize(weight, kind))
@@ -82,7 +83,7 @@ def test_one_iteration_keeps_the_largest_singular_values_of_what_is_lost_halved_
 
 
 @pytest.mark.parametrize("shape", [(24, 64), (64, 24), (24, 24)])
-@pytest.mark.parametrize("kind", QUANT_TYPES)
+@pytest.mark.parametrize("kind", QUANT_BITS)
 def test_full_rank_leaves_nothing(kind: str, shape: tuple[int, int]) -> None:
     weight = draw(*shape)
     assert loss(weight, *loftq(weight, 24, kind, 2)) < 1e-6
@@ -98,7 +99,7 @@ def test_signs_are_fixed_and_the_result_repeats() -> None:
     assert torch.equal(B, lora_B)
 
 
-@pytest.mark.parametrize("kind", QUANT_TYPES)
+@pytest.mark.parametrize("kind", QUANT_BITS)
 def test_a_weight_that_loses_nothing_needs_no_correction(kind: str) -> None:
     for weight in (torch.zeros(16, 24), quantize(draw(16, 24), kind).dequantize()):
         Q, lora_A, lora_B = loftq(weight, 4, kind, 3)
