@@ -21,9 +21,11 @@ SCALINGS = ("standard", "rank_stable")
 INITS = ("kaiming", "gaussian", "pissa", "milora", "olora", "loftq", "eva", "lora_ga", "lora_one")
 """Values of `init`."""
 DAMPED_INITS = ("lora_ga", "lora_one")
-"""Values of `init` that need `init_gamma`."""
+"""The initialisations that need `init_gamma`."""
 ALLOCATIONS = ("uniform", "sensitivity", "eva", "gradient")
 """Values of `allocation` that are names."""
+QUANTIZATIONS = tuple(QUANT_BITS)
+"""Values of `quantize`."""
 
 LAYERS_REMEDY = "For example adapter.layers=top:2 or 'adapter.layers=[0,1]'."
 
@@ -63,7 +65,7 @@ NUMBERS = {
     "final": _SHARE,
     "interval": _COUNT,
 }
-CHOICES = {"scaling": SCALINGS, "init": INITS, "quantize": tuple(QUANT_BITS)}
+CHOICES = {"scaling": SCALINGS, "init": INITS, "quantize": QUANTIZATIONS}
 
 
 def check_values(settings: Mapping[str, Any]) -> None:
