@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from lora_bench.sweeps.search_space import SearchSpace
     from lora_bench.sweeps.search_trials import Trial
 
-MAX_REJECTED = 50
-"""Suggestions that may be rejected for a pack before settings are drawn at random, and then before it stays smaller."""
+MAX_REJECTED = 10
+"""Suggestions of the model that may be rejected for a pack before its other settings are drawn at random."""
+MAX_REJECTED_DRAWS = 50
+"""Random settings that may be rejected before the pack stays smaller."""
 
 
 def suggest_pack(
@@ -60,9 +62,9 @@ def suggest_pack(
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         model = _model(space, count, seed)
         study = _study(space, trials, model)
-        for sampler in (model, RandomSampler(seed=seed)):
+        for sampler, max_rejected in ((model, MAX_REJECTED), (RandomSampler(seed=seed), MAX_REJECTED_DRAWS)):
             study.sampler, rejected = sampler, 0
-            while len(settings) < count and rejected < MAX_REJECTED:
+            while len(settings) < count and rejected < max_rejected:
                 study.enqueue_trial((defaults.pop(0) if defaults else {}) | shared)  # what is not in it is sampled
                 suggestion = study.ask()
                 setting = space.suggest(suggestion)
