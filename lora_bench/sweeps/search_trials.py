@@ -131,13 +131,28 @@ def best_trials(trials: Sequence[Trial], count: int) -> list[Trial]:
 
 
 def best_repeated(trials: Sequence[Trial], repeats: Sequence[Trial]) -> Trial | None:
-    """Return the repeated trial with the best mean score of both seeds, which it has as its score; None without one.
+    """Return the best of the repeated trials, with the means of both seeds as its scores; None without one.
 
-    A trial whose repeat diverged is not chosen.
+    That is the one with the best mean of the main metric. Of those that are no more than a standard error below it
+    (Breiman et al. 1984, sec. 3.4.3), the best mean of `ranked_by` decides: it depends less on chance. A trial whose
+    repeat diverged is not chosen.
     """
-    scores = {tuple(trial.setting): trial.score for trial in trials}
-    pairs = [(repeat, scores[tuple(repeat.setting)], repeat.score) for repeat in repeats]
-    return best_trial([replace(r, score=(a + b) / 2) for r, a, b in pairs if a is not None and b is not None])
+    first = {tuple(trial.setting): trial for trial in trials}
+    means, errors = [], []
+    for repeat in repeats:
+        scores, ranks = zip(*((t.score, t.ranked_by) for t in (first[tuple(repeat.setting)], repeat)), strict=True)
+        if None not in scores:
+            means.append(replace(repeat, score=fmean(scores), ranked_by=fmean(ranks)))
+            errors.append(abs(scores[0] - scores[1]) / 2)  # of a mean of two
+    if not means:
+        return None
+    best = max(range(len(means)), key=lambda i: means[i].score or 0.0)
+    near = [
+        mean
+        for mean, error in zip(means, errors, strict=True)
+        if mean is means[best] or (means[best].score or 0.0) - (mean.score or 0.0) <= math.hypot(errors[best], error)
+    ]
+    return max(near, key=lambda mean: mean.ranked_by or 0.0)
 
 
 def estimate_final_scores(trials: Sequence[Trial]) -> list[float]:

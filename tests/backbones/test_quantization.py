@@ -155,9 +155,12 @@ def test_a_value_costs_its_bits_and_half_a_bit_of_scale(kind: str, stored: float
 
 @settings(deadline=None, max_examples=60)
 @given(
-    rows=st.integers(1, 9), columns=st.integers(1, 70), kind=st.sampled_from(list(QUANT_BITS)), power=st.integers(-12, 12),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 70),
+    kind=st.sampled_from(list(QUANT_BITS)),
+    power=st.integers(-12, 12),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 def test_any_size_keeps_its_shape_and_is_quantised_once_and_for_all(
     rows: int, columns: int, kind: str, power: int, seed: int
 ) -> None:

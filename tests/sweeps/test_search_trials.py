@@ -81,16 +81,21 @@ def test_an_eliminated_trial_is_judged_by_what_the_others_gained_later() -> None
 
 
 def test_the_best_mean_of_two_seeds_wins() -> None:
-    lucky = Trial(["adapter.rank=8"], "done", 0.6)
-    unlucky, steady = Trial(lucky.setting, "done", 0.3), Trial(DONE.setting, "done", 0.52)
-    best = best_repeated([lucky, DONE], [unlucky, steady])
-    assert best is not None
-    assert (best.setting, best.score) == (DONE.setting, pytest.approx(0.51))
-    diverged = Trial(DONE.setting, "diverged")
-    best = best_repeated([lucky, DONE], [unlucky, diverged])
-    assert best is not None
-    assert best.setting == lucky.setting
-    assert best_repeated([lucky, DONE], [diverged]) is None
+    def done(rank: int, score: float, auroc: float) -> Trial:
+        return Trial([f"adapter.rank={rank}"], "done", score, auroc)
+
+    def chosen(first: list[Trial], second: list[Trial]) -> tuple[list[str], float] | None:
+        best = best_repeated(first, second)
+        return best and (best.setting, best.score)
+
+    first = [done(8, 0.60, 0.70), done(2, 0.50, 0.90)]
+    diverged = Trial(["adapter.rank=2"], "diverged")
+    assert chosen(first, [done(8, 0.59, 0.70), done(2, 0.52, 0.90)]) == (["adapter.rank=8"], pytest.approx(0.595))
+    assert chosen(first, [done(8, 0.30, 0.70), done(2, 0.52, 0.60)]) == (["adapter.rank=2"], pytest.approx(0.51))
+    # The means differ by 0.02, and each of them by 0.02 from chance: AUROC decides.
+    assert chosen(first, [done(8, 0.52, 0.70), done(2, 0.58, 0.80)]) == (["adapter.rank=2"], pytest.approx(0.54))
+    assert chosen(first, [done(8, 0.30, 0.70), diverged]) == (["adapter.rank=8"], pytest.approx(0.45))
+    assert chosen(first, [diverged]) is None
 
 
 def test_time_counts_once_for_a_pack_and_not_between_processes() -> None:
