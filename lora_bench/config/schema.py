@@ -574,7 +574,7 @@ class Search:
     start as with `flops`."""
     repeats: int
     """Number of the best trials that are trained again with another seed. The setting with the best mean of both is
-    chosen. 0 or 1: the best trial is chosen."""
+    chosen; AUROC decides between those that differ by less than a standard error. 0 or 1: the best trial is chosen."""
     final_seeds: int
     """Number of seeds, those after `seed`, with which the best setting is trained again and scored on the reported
     splits."""
