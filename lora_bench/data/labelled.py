@@ -168,7 +168,8 @@ def _parquet(table: Table, predictions: Mapping[str, Sequence[Any]]) -> bytes:
         records = _records(table)
         written = pa.table({name: _arrow([record.get(name) for record in records]) for name in table.names})
     for name, values in predictions.items():
-        written = written.append_column(name, pa.array(values))
+        column = pa.array(values)  # a table without columns would have no rows
+        written = written.append_column(name, column) if written.num_columns else pa.table({name: column})
     sink = pa.BufferOutputStream()
     parquet.write_table(written, sink)
     content: bytes = sink.getvalue().to_pybytes()

@@ -179,6 +179,7 @@ def test_prediction_columns_get_unused_names() -> None:
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @given(content=st.binary() | st.text('ab,\t\n\r"{}[]:01\0\ufeff\\').map(str.encode), as_body=st.booleans())
+@example(content=b"{}", as_body=False)
 @few
 def test_any_readable_table_is_written_in_every_format(
     tmp_path: Path, suffix: str, content: bytes, as_body: bool
