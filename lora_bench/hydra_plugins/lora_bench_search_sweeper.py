@@ -200,7 +200,7 @@ class SearchSweeper(GridSweeper):
         assert self.config is not None
         setting = self._suggest([])[0] if self.config.dry_run else []
         if self.config.dry_run:
-            print("estimating the first pack and the final runs; each further pack costs what the first does")
+            print("estimating the first pack and the final runs; a further pack costs as much, a repeat one run")
         return self._final_jobs(setting)
 
     def _work_to_come(self, jobs: Mapping[str, Sequence[str]]) -> list[float]:
