@@ -71,7 +71,7 @@ class Pack(PackState):
         self._syncs: dict[tuple[int, ...], ParameterSync] = {}
         """Stacked parameters of each group of members that the adapted linears are prepared for."""
         self.network.requires_grad_(self.trains_backbone)
-        if self.trains_backbone:
+        if self.trains_backbone and backbone.device.type == "cpu":
             replace_dropout(self.network)
         attach_heads(backbone, self.members, self._active)
         self._attach_updates()
