@@ -593,6 +593,11 @@ class Search:
         require_number("repeats", self.repeats, 0)
         require_number("final_seeds", self.final_seeds, 1)
 
+    @property
+    def repeated(self) -> int:
+        """The number of trials that are repeated: none if only one would be, since there is nothing to choose from."""
+        return self.repeats if self.repeats > 1 else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:

@@ -211,8 +211,7 @@ class SearchSweeper(GridSweeper):
         if of_stage(jobs, REPEATS):
             return [max(trials)] * self.search.final_seeds
         further = max(0, (self.search.trials or 0) - len(trials))
-        repeats = self.search.repeats if self.search.repeats > 1 else 0
-        return [max(trials)] * (further + repeats + self.search.final_seeds)
+        return [max(trials)] * (further + self.search.repeated + self.search.final_seeds)
 
     def _next_stage(self, folder: Path, jobs: dict[str, list[str]]) -> list[list[str]]:
         """Return the next pack; the repeats once the budget is spent or no new setting is left; then the final runs.

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from lora_bench.config.recorded_task import main_metric
 from lora_bench.files.untrusted import as_number
 from lora_bench.records import metrics_log, run_folder, sweep_folder
@@ -138,21 +140,16 @@ def best_repeated(trials: Sequence[Trial], repeats: Sequence[Trial]) -> Trial | 
     repeat diverged is not chosen.
     """
     first = {tuple(trial.setting): trial for trial in trials}
-    means, errors = [], []
-    for repeat in repeats:
-        scores, ranks = zip(*((t.score, t.ranked_by) for t in (first[tuple(repeat.setting)], repeat)), strict=True)
-        if None not in scores:
-            means.append(replace(repeat, score=fmean(scores), ranked_by=fmean(ranks)))
-            errors.append(abs(scores[0] - scores[1]) / 2)  # of a mean of two
-    if not means:
+    pairs = [(first[tuple(repeat.setting)], repeat) for repeat in repeats if repeat.score is not None]
+    if not pairs:
         return None
-    best = max(range(len(means)), key=lambda i: means[i].score or 0.0)
-    near = [
-        mean
-        for mean, error in zip(means, errors, strict=True)
-        if mean is means[best] or (means[best].score or 0.0) - (mean.score or 0.0) <= math.hypot(errors[best], error)
-    ]
-    return max(near, key=lambda mean: mean.ranked_by or 0.0)
+    scores = np.array([[trial.score for trial in pair] for pair in pairs], float)  # (N, 2)
+    means, errors = scores.mean(1), abs(scores[:, 0] - scores[:, 1]) / 2  # the errors of means of two
+    best = int(means.argmax())
+    is_near = means[best] - means <= np.hypot(errors[best], errors)  # the best one is near itself
+    ranks = np.array([[trial.ranked_by for trial in pair] for pair in pairs], float).mean(1)
+    chosen = int(np.where(is_near, ranks, -np.inf).argmax())
+    return replace(pairs[chosen][0], score=float(means[chosen]), ranked_by=float(ranks[chosen]))
 
 
 def estimate_final_scores(trials: Sequence[Trial]) -> list[float]:
@@ -211,7 +208,7 @@ def affordable(trials: Sequence[Trial], search: Search, packing: Packing, second
     assert packing.size is not None
     size = packing.size if search.trials is None else min(packing.size, search.trials - len(trials))
     spent, full = sum(trial.flops for trial in trials), full_flops(trials)
-    reserved = full * search.repeats if search.repeats > 1 else 0.0
+    reserved = full * search.repeated
     if not trials:
         return max(0, size)
     steps = max(1, *(trial.steps for trial in trials))
