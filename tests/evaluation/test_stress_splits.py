@@ -97,7 +97,7 @@ def test_the_record_names_the_transforms() -> None:
     described = describe_stress_splits(
         settings("data.perturb=[order,word]", "data.perturb_seeds=2"), {"validation": SPLIT}, ()
     )
-    words = ["contraction", "synonym", "stop_word", "number_alike", "entity_alike", "number", "entity"]
+    words = ["contraction", "synonym", "stop_word", "number_alike", "entity_alike", "number", "entity", "exchange"]
     assert described == {"perturb": {"transforms": ["order", *words], "seeds": 2, "intensity": 0.2}}
 
 

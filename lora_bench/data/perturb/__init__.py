@@ -1,8 +1,8 @@
 """Perturbed texts: small, seeded, pure transforms at the level of characters, words and sentences.
 
-Each declares its effect on the label: most keep it, a class or a number. `number` and `entity` make a duplicate a
-non-duplicate, so they need two classes. The perturbation of a row depends only on its texts, its id, the transform, the
-intensity and the seed.
+Each declares its effect on the label: most keep it, a class or a number. `number`, `entity` and `exchange` make
+non-duplicates, so they need two classes. The perturbation of a row depends only on its texts, its id, the transform,
+the intensity and the seed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_bench.data.examples import Examples
-from lora_bench.data.perturb import characters, sentences, words
+from lora_bench.data.perturb import characters, exchange, sentences, words
 from lora_bench.errors import Code, UserError, nearest
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from lora_bench.data.perturb.transform import Transform
 
 TRANSFORMS = {
-    transform.name: transform for transform in (*characters.TRANSFORMS, *words.TRANSFORMS, *sentences.TRANSFORMS)
+    transform.name: transform
+    for transform in (*characters.TRANSFORMS, *words.TRANSFORMS, *exchange.TRANSFORMS, *sentences.TRANSFORMS)
 }
 LEVELS = ("character", "word", "sentence")
 

@@ -59,7 +59,7 @@ _NAMED_BY_LETTER = re.compile(
     r"(?:vitamin|hepatitis|grade|type|class|plan|group|team|section|level|option|part) $", re.I
 )
 
-_NUMBER = re.compile(r"(?<![\w.,:/-])[0-9]{1,9}(?![\w:/-]|[.,][0-9])")
+NUMBER = re.compile(r"(?<![\w.,:/-])[0-9]{1,9}(?![\w:/-]|[.,][0-9])")
 
 NAMES = (
     *(("India", "China", "Japan", "Brazil", "Canada", "Australia", "Germany", "France", "Italy", "Spain", "Russia"),),
@@ -147,7 +147,7 @@ TRANSFORMS = (
     Transform(name="synonym", level="word", change=apply_edits(_synonym)),
     Transform(name="stop_word", level="word", change=apply_edits(_stop_word), is_idempotent=True),
     Transform(
-        name="number_alike", level="word", change=_replace(_NUMBER, _another_number, alike=True), texts=2,
+        name="number_alike", level="word", change=_replace(NUMBER, _another_number, alike=True), texts=2,
         relations=("paraphrase",),
     ),
     Transform(
@@ -155,7 +155,7 @@ TRANSFORMS = (
         relations=("paraphrase",),
     ),
     Transform(
-        name="number", level="word", change=_replace(_NUMBER, _another_number, alike=False), labels=BREAKS, texts=2,
+        name="number", level="word", change=_replace(NUMBER, _another_number, alike=False), labels=BREAKS, texts=2,
         relations=("paraphrase",),
     ),
     Transform(

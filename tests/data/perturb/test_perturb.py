@@ -35,15 +35,15 @@ INTENSITY = st.floats(0.01, 1)
 
 
 def test_transforms_by_level_and_label_rule() -> None:
-    assert len(TRANSFORMS) == 15
+    assert len(TRANSFORMS) == 16
     levels = {level: [transform.name for transform in ALL if transform.level == level] for level in LEVELS}
     assert levels == {
         "character": ["case", "keyboard", "punctuation", "swap", "typo"],
-        "word": ["contraction", "entity", "entity_alike", "number", "number_alike", "stop_word", "synonym"],
+        "word": ["contraction", "entity", "entity_alike", "exchange", "number", "number_alike", "stop_word", "synonym"],
         "sentence": ["order", "paraphrase", "polite"],
     }
-    assert [transform.name for transform in ALL if not transform.keeps_label] == ["entity", "number"]
-    assert all(transform.labels in (None, BREAKS) for transform in ALL)
+    assert [transform.name for transform in ALL if not transform.keeps_label] == ["entity", "exchange", "number"]
+    assert all(transform.labels in (None, BREAKS, {0: 0, 1: 0}) for transform in ALL)
 
 
 @every_transform
@@ -76,7 +76,11 @@ def test_combining_marks_stay_on_their_letters(transform: Transform, texts: tupl
         positions = [i for i, character in enumerate(text) if i and unicodedata.combining(character)]
         return sorted(text[i - 1 : i + 1].casefold() for i in positions if "a" <= text[i - 1].lower() <= "z")
 
-    assert marked(transform.change(texts, Random(0), intensity)) == marked(texts)
+    changed = transform.change(texts, Random(0), intensity)
+    if transform.name == "exchange" and changed != texts:  # one of the two texts, twice
+        assert any(marked(changed) == marked((text, text)) for text in texts)
+    else:
+        assert marked(changed) == marked(texts)
 
 
 @every_transform
@@ -108,7 +112,7 @@ def test_perturbed_rows_keep_their_ids_and_labels_follow_the_rule(
         texts = tuple(column[position] for column in perturbed.examples.texts)
         assert texts != rows[row][:2]
         assert perturbed.examples.labels[position] == (rows[row][2] if transform.labels is None else 0)
-        assert transform.labels is None or rows[row][2] == 1
+        assert transform.labels is None or rows[row][2] in transform.labels
     # the perturbation of a row does not depend on other rows
     of_last_row = perturb(examples.take(np.array([len(rows) - 1])), transform, seed=seed, intensity=0.5)
     assert tuple(column[:1] for column in of_last_row.examples.texts) == tuple(
@@ -130,6 +134,12 @@ def test_without_labels_only_label_preserving_transforms_apply() -> None:
 LANGUAGES = ("Ruby", "Perl", "Fortran", "Haskell")
 COMPANIES = ("Microsoft", "Amazon", "Apple", "Samsung", "Facebook", "Twitter", "Instagram", "Uber", "Netflix")
 POLITE_OPENINGS = ("I would like to know", "Can anyone tell me", "A quick question", "Please help me with this")
+
+
+def either_order(first: str, second: str) -> set[tuple[str, str]]:
+    return {(first, second), (second, first)}
+
+
 CASES: dict[str, list[tuple[tuple[str, str], set[tuple[str, str]]]]] = {
     "punctuation": [
         (
@@ -181,6 +191,15 @@ CASES: dict[str, list[tuple[tuple[str, str], set[tuple[str, str]]]]] = {
             ("Buy Google", "Sell Google"),
             {(f"Buy {a}", "Sell Google") for a in COMPANIES} | {("Buy Google", f"Sell {a}") for a in COMPANIES},
         ),
+    ],
+    "exchange": [
+        (
+            ("How do I convert dollars to the rupees?", "A or B?"),
+            either_order("How do I convert dollars to the rupees?", "How do I convert rupees to the dollars?"),
+        ),
+        (("Does Ann love Bo?", "Are you in the know?"), either_order("Does Ann love Bo?", "Does Bo love Ann?")),
+        (("Is 3 of 4 more?", "Is it?"), either_order("Is 3 of 4 more?", "Is 4 of 3 more?")),
+        (("Is Ann or Bo tall, 3 and 4?", "Can I see Rome?"), {("Is Ann or Bo tall, 3 and 4?", "Can I see Rome?")}),
     ],
     "order": [(("a", "b"), {("b", "a")})],
     "polite": [
@@ -257,9 +276,9 @@ def test_levels_and_all_choose_the_transforms_that_fit_the_task() -> None:
 
     assert [transform.name for transform in choose_transforms("all", "paraphrase", 2, "k")] == list(TRANSFORMS)
     alike = {"number_alike", "entity_alike"}
-    assert chosen("all", "paraphrase", 2, binary=False) == {*NAMES} - {"number", "entity"}
-    assert chosen("all", "similarity", 2, binary=False) == {*NAMES} - {"number", "entity", *alike}
-    keep_any = {*NAMES} - {"order", "number", "entity", *alike}
+    assert chosen("all", "paraphrase", 2, binary=False) == {*NAMES} - {"number", "entity", "exchange"}
+    assert chosen("all", "similarity", 2, binary=False) == {*NAMES} - {"number", "entity", "exchange", *alike}
+    keep_any = {*NAMES} - {"order", "number", "entity", "exchange", *alike}
     assert chosen("all", "entailment", 2) == chosen("all", None, 2) == chosen("all", None, 1) == keep_any
     listed = choose_transforms(["sentence", "polite", "typo"], "paraphrase", 2, "k")
     assert [transform.name for transform in listed] == ["order", "polite", "paraphrase", "typo"]
