@@ -1,8 +1,9 @@
 """Savings: bytes on disk, the cost of reaching the score of full fine-tuning, and the causes of what was saved.
 
 The target is the main metric on the selection split that full fine-tuning of the same model on the same data ends with
-in its worst seed, or a given one. FLOPs and seconds to target are those of the steps up to it, and all that came before
-the first step. With `trainer.stop_at` that is the whole run.
+in its worst seed, or a given one. It is reached at the first evaluation from which three in a row reach it. FLOPs and
+seconds to target are those of the steps up to it, and all that came before the first step. With `trainer.stop_at` that
+is the whole run.
 
 A step of full fine-tuning is one third forward pass, one third gradients of inputs, one third gradients of weights. An
 adapter saves the last third. If it leaves the lowest m of L layers unadapted, it saves m / L of the second third, and
@@ -41,6 +42,8 @@ STEPS, FLOPS, SECONDS = "steps_to_target", "flops_to_target", "seconds_to_target
 """Names of the columns of costs up to the target."""
 BYTES = "adapter_bytes"
 COLUMNS = (Column(BYTES, "bytes"), Column(STEPS, "count"), Column(FLOPS, "flops"), Column(SECONDS, "seconds"))
+EVALUATIONS_AT_TARGET = 3
+"""Evaluations in a row that must reach the target, fewer only at the end of a run."""
 SAVED = "FLOPs saved"
 CAUSES = (
     *("fewer steps", "pairs a step", "no weight gradients", "fewer layers", "cached prefix", "less padding"),
@@ -129,7 +132,7 @@ def _add_costs_to_target(table: Table, row: Row, target: float) -> Row:
     """Return the row with steps, FLOPs and seconds to target; unchanged if a seed did not reach it or has no costs."""
     values_by_column: dict[str, list[float]] = {STEPS: [], FLOPS: [], SECONDS: []}
     for folder in row.folders:
-        reached = next((step for step, score in _selection_curve(table, folder) if score >= target), None)
+        reached = _step_to_target(_selection_curve(table, folder), target)
         cost = table.records[folder]["cost"]
         if reached is None or not _positive(cost.get("steps")) or not _positive(cost.get("train_flops")):
             return row
@@ -143,6 +146,21 @@ def _add_costs_to_target(table: Table, row: Row, target: float) -> Row:
         if len(values) == len(row.folders)
     }
     return replace(row, stats=row.stats | stats)
+
+
+def _step_to_target(curve: Sequence[tuple[float, float]], target: float) -> float | None:
+    """Return the step of the first evaluation that reaches the target to stay there; None if there is none.
+
+    The next two evaluations must reach it too, as far as the run has them, so that a lucky one does not count.
+
+    Args:
+        curve: step and main metric of each evaluation.
+        target: a main metric.
+    """
+    for i, (step, _) in enumerate(curve):
+        if all(score >= target for _, score in curve[i : i + EVALUATIONS_AT_TARGET]):
+            return step
+    return None
 
 
 def cost_up_to(cost: dict[str, Any], unit: str, step: float) -> float:
