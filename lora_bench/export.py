@@ -141,7 +141,7 @@ def _differences(run: FinishedRun, form: str, console: Console) -> list[str]:
             f"this run computed with {held} (model.quantize); beside a model without them the scores differ. "
             "format=merged writes the dequantised weights."
         )
-    if experiment.trainer.score_both_orders and len(experiment.data.text_columns) > 1:
+    if experiment.trainer.scores_both_orders_of(experiment.data) and len(experiment.data.text_columns) > 1:
         notes.append(
             "this run scores both orders of the two texts (trainer.score_both_orders), an exported model one. "
             f"For the scores of lora-bench predict, score (a, b) and (b, a) and take the mean of {_SCORES[run.form]}, "

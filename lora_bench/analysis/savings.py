@@ -247,7 +247,7 @@ def _cost(table: Table, row: Row, key: str, to_target: bool) -> float | None:
 def _pairs_a_step(table: Table, row: Row) -> float:
     """Return the pairs of a step; an objective that passes a pair through the model twice counts it twice."""
     trainer = table.records[row.folders[0]]["config"].get("trainer", {})
-    views = 1 if trainer.get("objective", "cross_entropy") in ("cross_entropy", "alternate_order") else 2
+    views = 1 if trainer.get("objective", "cross_entropy") in (None, "cross_entropy", "alternate_order") else 2
     size = trainer.get("batch_size", 1)
     return float(views * size if _positive(size) else views)
 

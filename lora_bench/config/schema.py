@@ -197,6 +197,11 @@ class Data:
         """The form of the task: a key of `SHOWN_METRICS`. The label names must be known."""
         return task_form(self.type, self.outputs)
 
+    @property
+    def is_symmetric(self) -> bool:
+        """True if the examples are pairs of texts whose label is the same in both orders."""
+        return len(self.text_columns) == 2 and self.relation in SYMMETRIC
+
     def _check_labels(self) -> None:
         """Check that the settings of labels are consistent with one another and with the type of the task.
 
@@ -233,6 +238,8 @@ TASK_TYPES = ("classification", "regression")
 
 RELATIONS = ("paraphrase", "entailment", "similarity", "form")
 """Values of `data.relation`."""
+SYMMETRIC = ("paraphrase", "similarity")
+"""Relations whose label is the same for both orders of the two texts."""
 
 TRUNCATIONS = ("longest_first", "first", "second", "middle")
 """Values of `data.truncation`."""
@@ -358,13 +365,14 @@ class Trainer:
     stop_at: float | None
     """Stop at the first evaluation whose main metric on the selection split reaches this value, to measure the cost of
     it; null: never."""
-    score_both_orders: bool
-    """Predict the mean of the probabilities of a pair in both orders of its texts; this doubles the cost."""
-    objective: str
+    score_both_orders: bool | None
+    """Predict the mean of the probabilities of a pair in both orders of its texts; this doubles the cost. null: if the
+    label does not depend on the order."""
+    objective: str | None
     """The loss. `cross_entropy`. `alternate_order`: the cross-entropy of each pair in one order of its texts, and in
     the next epoch in the reversed order. The others take the cross-entropy of two views of each example and add the
     divergence of the two predictions: both orders (`order_consistency`), original and perturbed
-    (`perturb_consistency`)."""
+    (`perturb_consistency`). null: `alternate_order` if the label does not depend on the order, else `cross_entropy`."""
     class_weights: str
     """Weights of the classes in the loss. `none`. `balanced`: a class of n of N training examples with k classes has
     the weight N / (k n), so that each class counts as much as any other."""
@@ -414,6 +422,14 @@ class Trainer:
             require(is_known, "trainer.main_metric", self.main_metric, reason, remedy, code=Code.CONFLICT)
         return self.main_metric or choices[0]
 
+    def objective_of(self, data: Data) -> str:
+        """Return the objective for a task: `objective`, or the one that null stands for."""
+        return self.objective or ("alternate_order" if data.is_symmetric else "cross_entropy")
+
+    def scores_both_orders_of(self, data: Data) -> bool:
+        """Return whether a task's pairs are scored in both orders: `score_both_orders`, or what null stands for."""
+        return data.is_symmetric if self.score_both_orders is None else self.score_both_orders
+
     def __post_init__(self) -> None:
         """Check the ranges: sizes and intervals from 1, `stop_at` in (0, 1], `average` in [0, 1], `epochs` above 0.
 
@@ -429,9 +445,9 @@ class Trainer:
                 require_number(name, getattr(self, name), 1)
         reason = f"is not one of {', '.join(OBJECTIVES)}"
         key, objective = "trainer.objective", self.objective
-        remedy = removal_note(key, objective) or renamed_choice_note(key, objective) or ""
-        is_known = self.objective in OBJECTIVES
-        require(is_known, "objective", objective, reason, remedy, code=Code.UNKNOWN_CHOICE)
+        if objective is not None:
+            remedy = removal_note(key, objective) or renamed_choice_note(key, objective) or ""
+            require(objective in OBJECTIVES, "objective", objective, reason, remedy, code=Code.UNKNOWN_CHOICE)
         if self.main_metric is not None:
             require_one_of("main_metric", self.main_metric, ALL_MAIN_METRICS)
         require_one_of("class_weights", self.class_weights, ("none", "balanced"))

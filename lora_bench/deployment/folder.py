@@ -199,7 +199,7 @@ def _refusing_faults(network: str, graph_format: GraphFormat) -> Iterator[None]:
 def _settings(run: FinishedRun, graph_format: GraphFormat, threshold: float) -> dict[str, Any]:
     """Return the content of scoring.json; threshold and names of classes are null where they do not apply."""
     data, backbone = run.experiment.data, run.pack.backbone
-    both_orders = run.experiment.trainer.score_both_orders and len(data.text_columns) > 1
+    both_orders = run.experiment.trainer.scores_both_orders_of(data) and len(data.text_columns) > 1
     positions = backbone.text_positions([(name, [""]) for name in data.text_columns])
     names = ["input_ids", "attention_mask"]
     names += ["token_type_ids"] if _has_token_types(run) else []

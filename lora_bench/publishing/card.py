@@ -8,6 +8,7 @@ import yaml
 
 from lora_bench.adapters.peft.names import AUTO_CLASSES
 from lora_bench.config.metric_names import display_name
+from lora_bench.config.schema import SYMMETRIC
 from lora_bench.console.format import format_duration, format_number, to_single_line
 from lora_bench.evaluation.chance import describe_failure
 from lora_bench.files.untrusted import as_number
@@ -129,7 +130,7 @@ def _other_programs(run: PublishedRun) -> Iterator[str]:
         )
     else:
         return
-    if _setting(run, "trainer", "score_both_orders") and len(run.finished.text_columns) > 1:
+    if _scores_both_orders(run):
         yield "This run scores both orders of the two texts. Take the mean of both for the same scores."
         yield ""
 
@@ -278,6 +279,13 @@ def _code(value: object) -> str:
 
 def _link(identity: str, kind: str) -> str:
     return f"[{identity}](https://huggingface.co/{kind}{identity})"
+
+
+def _scores_both_orders(run: PublishedRun) -> bool:
+    """Return whether the run's pairs are scored in both orders, as `Trainer.scores_both_orders_of` does."""
+    setting = _setting(run, "trainer", "score_both_orders")
+    both = _setting(run, "data", "relation") in SYMMETRIC if setting is None else bool(setting)
+    return both and len(run.finished.text_columns) > 1
 
 
 def _setting(run: PublishedRun, group: str, name: str) -> Any:

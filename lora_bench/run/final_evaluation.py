@@ -108,7 +108,7 @@ class TrainedTask:
 
         def scored(examples: Examples) -> NDArray[Any]:
             """Return the members' mean scores of each example: (N,) or (N, C)."""
-            both = trainer.score_both_orders
+            both = trainer.scores_both_orders_of(data)
             table = scoring_table(examples, data, reader, both_orders=both, cached=False, head=self.head)
             with self.pack.only(self.members):
                 member_scores = predict(self.pack, table, trainer.eval_batch_size, self.processes)

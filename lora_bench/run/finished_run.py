@@ -192,7 +192,7 @@ class FinishedRun:
             RunFailedError: a score is not finite.
         """
         data, trainer = self.experiment.data, self.experiment.trainer  # column names are part of T5's input
-        both = trainer.score_both_orders
+        both = trainer.scores_both_orders_of(data)
         table = scoring_table(examples, data, self.pack.backbone, both_orders=both, cached=cached)
         scores = predict(self.pack, table, trainer.eval_batch_size)
         if not np.isfinite(scores).all():  # NaN would silently get label 0

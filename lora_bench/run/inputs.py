@@ -103,9 +103,10 @@ class Task:
             head: number of the task, and of the head that learns it where a member has several.
         """
         reader = backbone.for_task(data.task)
-        train, second_view = training_tables(data, splits["train"], reader, trainer.objective, head)
+        train, second_view = training_tables(data, splits["train"], reader, trainer.objective_of(data), head)
+        both = trainer.scores_both_orders_of(data)
         tables = {"train": train} | {
-            name: scoring_table(split, data, reader, both_orders=trainer.score_both_orders, head=head)
+            name: scoring_table(split, data, reader, both_orders=both, head=head)
             for name, split in splits.items()
             if name != "train"
         }

@@ -141,7 +141,7 @@ class Experiment:
             _check_metrics(single)
             check_objective(single.trainer, single.data.text_columns, pair_features=single.head.pair_features is True)
             resolve_transforms(single.data)
-            choose_augmentations(single.data, single.trainer.objective)
+            choose_augmentations(single.data, single.trainer.objective_of(single.data))
         return experiment
 
     @classmethod

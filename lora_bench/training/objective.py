@@ -48,14 +48,14 @@ class Objective:
 
 
 def make_objective(trainer: Trainer, class_weights: Tensor | None = None) -> Objective:
-    """Build the objective that `trainer.objective` names: `label_loss` for those of one view, else `consistency`.
+    """Build the objective that `trainer.objective` names: `label_loss` for one view (null, too), else `consistency`.
 
     Args:
         trainer: the settings.
         class_weights: (C,) weights of the classes in the loss; None: all are 1.
     """
     loss = partial(label_loss, class_weights=class_weights)
-    if trainer.objective in SINGLE_VIEW_OBJECTIVES:
+    if trainer.objective is None or trainer.objective in SINGLE_VIEW_OBJECTIVES:
         return Objective(lambda logits, labels: loss(logits, labels).mean(1), orders=1)
     return Objective(partial(consistency, weight=trainer.consistency_weight, loss=loss), orders=2)
 

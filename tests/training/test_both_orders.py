@@ -77,3 +77,28 @@ def test_a_run_chooses_reports_and_predicts_so(kept: bool, objective: str) -> No
     assert written is not None
     np.testing.assert_allclose(written.scores, run.score(splits["validation"]), atol=1e-6)
     assert record["metrics"]["validation/perturbed/order_consistency"] == 1.0
+
+
+@pytest.mark.usefixtures("in_tmp")
+@pytest.mark.parametrize(
+    ("relation", "reverses"), [("paraphrase", True), ("similarity", True), ("entailment", False), ("null", False)]
+)
+def test_the_recipe_reverses_pairs_whose_label_does_not_depend_on_the_order(relation: str, reverses: bool) -> None:
+    overrides = toy_run("experiment=enhanced", f"data.relation={relation}", "data.report=false", "trainer.max_steps=2")
+    answer = command_line.lora_bench("train", *overrides, "hydra.run.dir=run")
+    assert (answer.code, answer.err) == (0, "")
+    run = lora_bench.load("run")
+    trainer, settings = run.experiment.trainer, run.experiment.data
+    assert trainer.objective_of(settings) == ("alternate_order" if reverses else "cross_entropy")
+    agrees = run.predict(PAIRS) == pytest.approx(run.predict([pair[::-1] for pair in PAIRS]), abs=1e-6)
+    assert agrees == reverses
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_the_recipe_serves_single_texts() -> None:
+    Path("train.tsv").write_text("text\tlabel\n" + "a b\t0\nc d e\t1\n" * 20, encoding="utf-8")
+    data = ["data=files", "data.path=.", "data.text_columns=[text]", "data.report=false", "data.selection_size=8"]
+    toy = [text for text in toy_run("experiment=enhanced", "trainer.max_steps=2") if not text.startswith("data")]
+    answer = command_line.lora_bench("train", *toy, *data, "hydra.run.dir=run")
+    assert (answer.code, answer.err) == (0, "")
+    assert len(lora_bench.load("run").predict(["a b c", "d"])) == 2

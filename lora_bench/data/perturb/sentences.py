@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from lora_bench.data.perturb.transform import SYMMETRIC, Edit, Texts, Transform, apply_edits
+from lora_bench.config.schema import SYMMETRIC
+from lora_bench.data.perturb.transform import Edit, Texts, Transform, apply_edits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,9 +18,6 @@ LabelRule = dict[int, int]
 BREAKS: LabelRule = {1: 0}
 """Of two classes: a duplicate becomes a non-duplicate."""
 
-SYMMETRIC = ("paraphrase", "similarity")
-"""Values of `data.relation` whose label is the same for both orders of the two texts."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
