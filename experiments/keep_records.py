@@ -19,15 +19,12 @@ from lora_bench.records import run_folder
 from lora_bench.records.local_paths import without_folders
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, metavar="RUNS")
-    parser.add_argument("records", type=Path, metavar="RECORDS")
-    options = parser.parse_args()
-    found, _ = run_folder.find_runs([options.runs])
+def keep(runs: Path, records: Path) -> int:
+    """Copy the records of the finished runs below a folder, and return how many there are."""
+    found, _ = run_folder.find_runs([runs])
     done = [folder for folder, record in found if record["status"] == "done"]
     for folder in done:
-        target = options.records / folder.resolve().relative_to(options.runs.resolve())
+        target = records / folder.resolve().relative_to(runs.resolve())
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
         raw = json.loads((folder / run_folder.RECORD_FILE).read_text(encoding="utf-8"))
@@ -35,7 +32,15 @@ def main() -> None:
         (target / run_folder.RECORD_FILE).write_text(text + "\n", encoding="utf-8")
         shutil.copy(folder / run_folder.METRICS_FILE, target)
         shutil.copytree(folder / run_folder.PREDICTIONS, target / run_folder.PREDICTIONS)
-    print(f"{len(done)} records in {options.records}")
+    return len(done)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, metavar="RUNS")
+    parser.add_argument("records", type=Path, metavar="RECORDS")
+    options = parser.parse_args()
+    print(f"{keep(options.runs, options.records)} records in {options.records}")
 
 
 if __name__ == "__main__":

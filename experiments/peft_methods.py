@@ -20,15 +20,14 @@ One stage takes one to two hours on two cores that multiply bf16 fast (estimated
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
-from lora_bench.cli import main as lora_bench
-from lora_bench.records import run_folder, sweep_folder
+from kept_sweep import is_kept, run_kept
 
-ROOT = Path(__file__).parent
-RECORDS = ROOT / "records" / "peft_methods"
+from lora_bench.cli import main as lora_bench
+
+RECORDS = Path(__file__).parent / "records" / "peft_methods"
 SEEDS = 3
 LEARNING_RATES = "1e-4,4e-4,1.5e-3,6e-3,2.5e-2"
 """Those of `sweep=methods`, and a higher one, for methods that train vectors."""
@@ -85,27 +84,11 @@ STAGES: dict[str, dict[str, list[str]]] = {
 """By stage the methods, each with what makes it comparable."""
 
 
-def is_kept(method: str, records: Path) -> bool:
-    """Return whether the records hold all reported runs of a method."""
-    folder = records / method
-    runs = run_folder.find_runs([folder])[0] if folder.is_dir() else []
-    return len([record for _, record in runs if record["status"] == "done"]) >= SEEDS
-
-
-def run_method(method: str, settings: list[str], options: argparse.Namespace, overrides: list[str]) -> int:
-    """Start or resume the sweep of one method, keep the records of its reported runs, and return the exit code."""
-    folder = options.output / method
-    if sweep_folder.is_sweep(folder):
-        code = lora_bench(["train", "-m", f"resume={folder}"])
-    else:
-        task = ["model=minilm", "data=pairs", f"data.path={options.data}", "data.selection_size=2000"]
-        task += ["data.train_size=8000", "trainer.epochs=2", "pack.size=1"]  # seconds are each run's own
-        grid = ["sweep=methods", f"adapter={method}", f"optimizer.lr={LEARNING_RATES}", *settings]
-        code = lora_bench(["train", *grid, *task, f"hydra.sweep.dir={folder}", *overrides])
-    if code == 0:
-        command = [sys.executable, str(ROOT / "keep_records.py"), str(folder / "report"), str(options.records / method)]
-        subprocess.run(command, check=True)
-    return code
+def sweep_arguments(method: str, settings: list[str], data: Path) -> list[str]:
+    """Return the arguments of a method's sweep, without its folder."""
+    grid = ["sweep=methods", f"adapter={method}", f"optimizer.lr={LEARNING_RATES}", *settings]
+    task = ["model=minilm", "data=pairs", f"data.path={data}", "data.selection_size=2000", "data.train_size=8000"]
+    return [*grid, *task, "trainer.epochs=2", "pack.size=1"]  # seconds are each run's own
 
 
 def main() -> int:
@@ -124,15 +107,17 @@ def main() -> int:
     worst = 0
     for stage in stages:
         for method, settings in STAGES[stage].items():
-            if is_kept(method, options.records) or (options.methods and method not in options.methods):
+            records = options.records / method
+            if is_kept(records, SEEDS) or (options.methods and method not in options.methods):
                 continue
             print(f"\n{stage}: {method}", flush=True)
-            code = run_method(method, settings, options, overrides)
+            arguments = [*sweep_arguments(method, settings, options.data), *overrides]
+            code = run_kept(arguments, options.output / method, records, SEEDS)
             if code in (130, 143):  # interrupted: the same command resumes it
                 return code
             worst = max(worst, code)
     if options.table:
-        for baseline in (method for method in ("lora", "full") if is_kept(method, options.records)):
+        for baseline in (method for method in ("lora", "full") if is_kept(options.records / method, SEEDS)):
             worst = max(worst, lora_bench(["compare", str(options.records), "--baseline", baseline, "--format", "md"]))
     return worst
 

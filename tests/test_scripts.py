@@ -25,7 +25,7 @@ from tests.helpers import composed
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("scripts", "benchmarks", "experiments")
 SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("[!_]*") if path.is_file())
-MODULES = {"composition.py", "distillation.py", "key_index.py", "machine.py", "peft_trainer.py"}
+MODULES = {"composition.py", "distillation.py", "key_index.py", "kept_sweep.py", "machine.py", "peft_trainer.py"}
 """What scripts of the same folder import."""
 PYTHON_SCRIPTS = [path for path in SCRIPTS if path.suffix == ".py" and path.name not in MODULES]
 TEXTS = ["a", "b c", "is this a question?", "how long is a day on mars?", "what is the best way to learn", "why not"]
@@ -157,16 +157,20 @@ def test_the_enhanced_methods_protocol_in_small(in_tmp: Path, monkeypatch: pytes
     assert before == {path: path.stat().st_mtime_ns for path in Path("out").rglob("run.json")}
 
 
+def write_pairs(folder: Path, columns: str = "question1\tquestion2\tlabel") -> None:
+    folder.mkdir(parents=True)
+    for split, rows in (("train", 64), ("validation", 16)):
+        made = generate(rows, 0, split)
+        texts = made.texts[: columns.count("\t")]
+        lines = [columns, *("\t".join(map(str, row)) for row in zip(*texts, made.labels, strict=True))]
+        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+
+
 def test_the_methods_of_peft_are_compared_and_kept_once(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, chosen = "experiments/peft_methods.py", ("ours", "vectors")
-    Path("data").mkdir()
-    for split, rows in (("train", 64), ("validation", 16)):
-        made = generate(rows, 0, split)
-        rows_of_split = zip(*made.texts, made.labels, strict=True)
-        lines = ["question1\tquestion2\tlabel", *("\t".join(map(str, row)) for row in rows_of_split)]
-        Path(f"data/{split}.tsv").write_text("\n".join(lines) + "\n")
+    write_pairs(Path("data"))
     toy = ["data.selection_size=16", "data.train_size=40", "hydra.sweeper.tune.data.train_size=16", "model=tiny_bert"]
     toy += ["trainer.max_steps=2", "optimizer.lr=1e-3,1e-2"]
     arguments = ["data", "out", *chosen, *toy, "--records=records", "--methods", "lora", "peft_ia3"]
@@ -179,6 +183,27 @@ def test_the_methods_of_peft_are_compared_and_kept_once(
     assert script(monkeypatch, name, *arguments, "--table") == 0
     assert before == {path: path.stat().st_mtime_ns for path in Path().rglob("run.json")}
     assert "| peft_ia3" in capsys.readouterr().out
+
+
+def test_methods_are_compared_on_a_task_once(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, methods = "experiments/tuned_suite.py", ["adapter=lora", "adapter=bitfit"]
+    write_pairs(Path("data/cola"), "sentence\tlabel")
+    toy = ["data.selection_size=16", "data.train_size=40", "hydra.sweeper.tune.data.train_size=16", "model=tiny_bert"]
+    toy += ["trainer.max_steps=2", "trainer.precision=fp32", "optimizer.lr=1e-3,1e-2", "pack.size=16"]
+    arguments = ["data", "out", "cola", *toy, "data.label_names=null", "--records=records", "--methods", *methods]
+    assert script(monkeypatch, name, *arguments) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("run.json")}
+    assert len([path for path in before if path.parts[0] == "records"]) == 2 * 3
+    capsys.readouterr()
+    assert script(monkeypatch, name, *arguments) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in Path().rglob("run.json")}
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["task", *methods]
+    first, other = (float(cell.split(" ± ")[0]) for cell in rows[2][1:])
+    assert rows[-1][0] == "adapter=bitfit"
+    assert float(rows[-1][1]) == pytest.approx(first - other, abs=0.11)
 
 
 def test_a_search_is_compared_with_a_grid_once(

@@ -1,0 +1,40 @@
+"""Tuned sweeps whose reported runs are kept as records: run once, resumed where they were stopped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from keep_records import keep
+
+from lora_bench.cli import main as lora_bench
+from lora_bench.records import run_folder, sweep_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+def is_kept(records: Path, runs: int) -> bool:
+    """Return whether a folder of records has so many runs, all done."""
+    found = run_folder.find_runs([records])[0] if records.is_dir() else []
+    return len([record for _, record in found if record["status"] == "done"]) >= runs
+
+
+def run_kept(arguments: Sequence[str], folder: Path, records: Path, runs: int) -> int:
+    """Start or resume a tuned sweep, keep the records of its reported runs, and return the exit code.
+
+    Args:
+        arguments: of `lora-bench train -m`; a sweep that is resumed has its own.
+        folder: of the sweep.
+        records: where its records are kept; if all are there, nothing is run.
+        runs: the number of reported runs.
+    """
+    if is_kept(records, runs):
+        return 0
+    if sweep_folder.is_sweep(folder):
+        code = lora_bench(["train", "-m", f"resume={folder}"])
+    else:
+        code = lora_bench(["train", "-m", *arguments, f"hydra.sweep.dir={folder}"])
+    if code == 0:
+        keep(folder / "report", records)
+    return code
