@@ -4,11 +4,12 @@
     s = w · [D · u ⊙ v, √D · |u − v|] + b        added to the logit of label 1, taken from that of label 0
 
 With more classes each has its own w and b, and s is added to its logit; with a number to predict, s is added to it.
+A single text has no second vector: u itself, signed, takes the place of |u − v|.
 
 Product and difference are the features of Conneau et al. 2017 (arXiv 1705.02364, section 3.1.1) and of Sentence-BERT
 (Reimers and Gurevych 2019, arXiv 1908.10084); the factors give all of them a size of about 1, whatever D. They are
 initialised as the logistic regression of the label (of each class against the rest; the linear regression of a number)
-on the cosine u · v over a few training batches: equal weights of the products.
+on the cosine u · v over a few training batches: equal weights of the products. Those of single texts start at zero.
 """
 
 from __future__ import annotations
@@ -53,10 +54,13 @@ class PairFeatures(nn.Module):
         """Initialise as the regression of labels (N,) on the cosines that features (N, 2 D) hold.
 
         It sets equal weights of the D products, and the bias. The weights of the differences stay as they are, 0 at
-        first.
+        first. For classes of single texts, which have no cosines, nothing is set: a bias fitted to a few batches would
+        all but exclude the classes that they lack.
         """
         D = self.weight.shape[-1] // 2
         cosines = features[:, :D].double().mean(1)  # (N,); the products are D times as large
+        if self.outputs > 1 and not cosines.any():
+            return
         if self.outputs > 2:
             for c in range(self.outputs):
                 slope, intercept = fit_logistic_regression(cosines, labels == c)
@@ -72,11 +76,13 @@ class PairFeatures(nn.Module):
 def compute_pair_features(hidden: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Return features (N, 2 D) in fp32, from hidden states (N, T, D) and the two texts' token masks, (N, T) each.
 
-    The D products come first, then the D differences. A text without tokens has the mean 0.
+    The D products come first, then the D differences; without a second text, zeros and then the first one's vector. A
+    text without tokens has the mean 0.
     """
     u, v = (F.normalize(_mean(hidden.float(), tokens), dim=-1) for tokens in (first, second))  # (N, D) each
     D = hidden.shape[-1]
-    return torch.cat([D * u * v, D**0.5 * (u - v).abs()], -1)
+    has_second = second.bool().any(1, keepdim=True)  # (N, 1)
+    return torch.cat([D * u * v, D**0.5 * torch.where(has_second, (u - v).abs(), u)], -1)
 
 
 def _mean(hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class Experiment:
         _check_quantization(experiment)
         for single in experiment.by_task.values():
             _check_metrics(single)
-            check_objective(single.trainer, single.data.text_columns, pair_features=single.head.pair_features is True)
+            check_objective(single.trainer, single.data.text_columns)
             resolve_transforms(single.data)
             choose_augmentations(single.data, single.trainer.objective_of(single.data))
         return experiment

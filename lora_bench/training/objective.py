@@ -75,13 +75,12 @@ def balanced_weights(labels: NDArray[np.int64], classes: int) -> Tensor:
     return torch.tensor(np.where(counts > 0, weights, 1.0), dtype=torch.float32)
 
 
-def check_objective(trainer: Trainer, text_columns: Sequence[str], *, pair_features: bool) -> None:
+def check_objective(trainer: Trainer, text_columns: Sequence[str]) -> None:
     """Refuse settings that need pairs of texts if the data has a single text column.
 
     Args:
         trainer: the objective, and whether both orders are scored.
         text_columns: names of the text columns, one or two.
-        pair_features: True if the head is asked to compare the two texts.
 
     Raises:
         UserError: naming the setting that needs two texts.
@@ -89,7 +88,6 @@ def check_objective(trainer: Trainer, text_columns: Sequence[str], *, pair_featu
     for key, value, needs_pairs in (
         ("trainer.objective", trainer.objective, trainer.objective in REVERSING_OBJECTIVES),
         ("trainer.score_both_orders", "true", trainer.score_both_orders),
-        ("head.pair_features", "true", pair_features),
     ):
         if needs_pairs and len(text_columns) < 2:
             raise UserError(

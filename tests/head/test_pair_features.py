@@ -39,7 +39,9 @@ def test_features_are_those_of_two_mean_vectors_at_length_one() -> None:
     assert compute_pair_features(hidden, first, second).tolist()[0] == pytest.approx([0, 0, 2**0.5, 2**0.5])
     same = compute_pair_features(hidden, first, first)[0]
     assert same.tolist() == pytest.approx([2, 0, 0, 0])  # D · u ⊙ u, and no difference
-    assert torch.isfinite(compute_pair_features(hidden, first, 0 * second)).all()  # a text without tokens
+    single = compute_pair_features(-hidden, first, 0 * second)[0]
+    assert single.tolist() == pytest.approx([0, 0, -(2**0.5), 0])  # √D · u, signed
+    assert torch.isfinite(compute_pair_features(hidden, 0 * first, second)).all()  # a text without tokens
 
 
 def test_it_begins_as_the_regression_on_the_cosine() -> None:
@@ -179,9 +181,19 @@ def test_it_is_refused_where_there_are_no_two_texts(in_tmp: Path, monkeypatch: p
     monkeypatch.setattr(T5TextToText, "needs_text_ids", False)  # as a family of another package may be
     error = refused("train", *(o for o in ASKED if "model=" not in o), "model=tiny_t5")
     assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "head.pair_features", "true")
-    for split in ("train", "validation"):
-        Path(f"{split}.tsv").write_text("sentence\tlabel\n" + "good\t1\nbad\t0\n" * 20)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_mean_vector_of_a_single_text_is_learned_and_saved(in_tmp: Path, classes: int) -> None:
+    rows = "".join(f"what is {i}\t{i % classes}\n" for i in range(48))
+    Path("train.tsv").write_text(f"sentence\tlabel\n{rows}")
     single = [o for o in ASKED if not o.startswith("data")]
-    error = refused("train", *single, "data=pairs", "data.path=.", "data.text_columns=[sentence]")
-    assert (error.code, error.key, error.value) == (Code.CONFLICT, "head.pair_features", "true")
-    assert "'sentence'" in str(error)
+    data = ["data=files", "data.path=.", "data.text_columns=[sentence]", "data.selection_size=8", "data.report=false"]
+    answer = lora_bench("train", *single, *data, "hydra.run.dir=run")
+    assert answer.code == 0, answer
+    run = FinishedRun.load("run")
+    features: Any = run.pack.pair_features["0"]
+    D = run.pack.backbone.hidden_size
+    weight = features.weight.view(-1, 2, D)  # (1 or classes, products and vector, D)
+    assert weight[:, 0].abs().max() == 0
+    assert (weight[:, 1].abs().amax(-1) > 0).all()

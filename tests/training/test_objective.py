@@ -438,11 +438,11 @@ def test_single_sentences_are_refused() -> None:
         (trainer(objective="alternate_order"), "trainer.objective", "alternate_order"),
     ):
         with refuses(Code.CONFLICT, key=key) as caught:
-            check_objective(chosen, ["sentence"], pair_features=False)
+            check_objective(chosen, ["sentence"])
         assert caught.value.value == value
         assert "'sentence'" in str(caught.value)
-    check_objective(both(score_both_orders=True), COLUMNS, pair_features=False)
-    check_objective(trainer(), ["sentence"], pair_features=False)
+    check_objective(both(score_both_orders=True), COLUMNS)
+    check_objective(trainer(), ["sentence"])
 
 
 def test_reversed_orders_of_entailment_are_noted() -> None:
