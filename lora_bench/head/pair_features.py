@@ -54,13 +54,10 @@ class PairFeatures(nn.Module):
         """Initialise as the regression of labels (N,) on the cosines that features (N, 2 D) hold.
 
         It sets equal weights of the D products, and the bias. The weights of the differences stay as they are, 0 at
-        first. For classes of single texts, which have no cosines, nothing is set: a bias fitted to a few batches would
-        all but exclude the classes that they lack.
+        first.
         """
         D = self.weight.shape[-1] // 2
         cosines = features[:, :D].double().mean(1)  # (N,); the products are D times as large
-        if self.outputs > 1 and not cosines.any():
-            return
         if self.outputs > 2:
             for c in range(self.outputs):
                 slope, intercept = fit_logistic_regression(cosines, labels == c)

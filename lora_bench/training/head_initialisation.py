@@ -148,7 +148,9 @@ def _fit_layer(pack: Pack, member: int, batches: list[Batch], linear: nn.Linear,
 def initialise(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
     """Initialise a member's pair features from training batches, with its adapter as it is now.
 
-    Up to `BATCHES` batches are read, without dropout. Nothing happens if the member has no pair features.
+    Up to `BATCHES` batches are read, without dropout. Nothing happens if the member has no pair features. Those of
+    classes of single texts, which have no cosines, start at zero: a bias fitted to a few batches would all but exclude
+    the classes that they lack.
 
     Returns:
         A note for the record if the batches have too few pairs or one label only, so that the pair features start at
@@ -156,10 +158,12 @@ def initialise(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
     """
     if str(member) not in pack.pair_features:
         return None
+    matching: Any = pack.pair_features[str(member)]
     calibration_batches = list(islice(batches, BATCHES))
     if shortage := explain_insufficient_data(calibration_batches, member, reads_labels=True):
         return f"head.pair_features: {shortage}, so it starts at zero."
-    matching: Any = pack.pair_features[str(member)]
+    if matching.outputs > 1 and not any(pack.backbone.text_masks(batch)[1].any() for batch in calibration_batches):
+        return None
     features: list[Tensor] = []
     handle = matching.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     with handle:
