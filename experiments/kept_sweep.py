@@ -1,4 +1,4 @@
-"""Tuned sweeps whose reported runs are kept as records: run once, resumed where they were stopped."""
+"""Sweeps that are resumed where they were stopped, and tuned ones whose reported runs are kept as records."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from lora_bench.records import run_folder, sweep_folder
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+
+def start_or_resume(command: Sequence[str], folder: Path) -> int:
+    """Start a sweep in a folder, or resume the one that is there; return the exit code.
+
+    Args:
+        command: that starts it, without the folder.
+        folder: of the sweep.
+    """
+    if sweep_folder.is_sweep(folder):
+        return lora_bench(["train", "-m", f"resume={folder}"])
+    return lora_bench([*command, f"hydra.sweep.dir={folder}"])
 
 
 def is_kept(records: Path, runs: int) -> bool:
@@ -31,10 +43,7 @@ def run_kept(arguments: Sequence[str], folder: Path, records: Path, runs: int) -
     """
     if is_kept(records, runs):
         return 0
-    if sweep_folder.is_sweep(folder):
-        code = lora_bench(["train", "-m", f"resume={folder}"])
-    else:
-        code = lora_bench(["train", "-m", *arguments, f"hydra.sweep.dir={folder}"])
+    code = start_or_resume(["train", "-m", *arguments], folder)
     if code == 0:
         keep(folder / "report", records)
     return code

@@ -18,9 +18,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from kept_sweep import start_or_resume
+
 from lora_bench.cli import main as lora_bench
 from lora_bench.config.groups import choices
-from lora_bench.records import sweep_folder
 
 RECIPE = "enhanced_recipe"
 """The enhanced adapter with its recipe, besides the choices of conf/adapter/."""
@@ -36,12 +37,10 @@ INTERRUPTED = (130, 143)
 
 def run_sweep(method: str, data: str, folder: Path) -> int:
     """Start or resume the sweep of one method, and return the exit code."""
-    if sweep_folder.is_sweep(folder):
-        return lora_bench(["train", "-m", f"resume={folder}"])
     adapter = [f"adapter={'enhanced' if method == RECIPE else method}", *OVERRIDES.get(method, [])]
     task = ["model=minilm", "data=pairs", f"data.path={data}", "data.selection_size=2000", "data.train_size=8000"]
     task += ["trainer.epochs=2", "pack.size=1"]  # one after another, so that seconds are each run's own
-    return lora_bench(["train", "sweep=methods", *adapter, *task, f"hydra.sweep.dir={folder}"])
+    return start_or_resume(["train", "sweep=methods", *adapter, *task], folder)
 
 
 def main() -> int:

@@ -39,6 +39,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from kept_sweep import start_or_resume
+
 from lora_bench.cli import main as lora_bench
 from lora_bench.records import run_folder, sweep_folder
 
@@ -210,13 +212,14 @@ class Protocol:
         """Start the sweep of a stage, or resume it; a finished one prints its table again."""
         print(f"\n{stage}", flush=True)
         folder = self.output / stage
-        if sweep_folder.is_sweep(folder):
-            self._call("train", "-m", f"resume={folder}")
-        else:
-            self._call("train", "-m", *arguments, *self.scale.overrides, *self.overrides, f"hydra.sweep.dir={folder}")
+        command = ["train", "-m", *arguments, *self.scale.overrides, *self.overrides]
+        self._note(start_or_resume(command, folder))
 
     def _call(self, *arguments: str) -> None:
-        code = lora_bench(list(arguments))
+        self._note(lora_bench(list(arguments)))
+
+    def _note(self, code: int) -> None:
+        """Keep the worst exit code, and exit at one that ends the protocol."""
         if code not in (0, 1):  # refused or interrupted; after a failed run (1) the others still count
             sys.exit(code)
         self.exit_code = max(self.exit_code, code)

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_bench.cli import main as lora_bench
-from lora_bench.records import run_folder, sweep_folder
+from kept_sweep import start_or_resume
+
+from lora_bench.records import run_folder
 
 QQP = ("model=minilm", "data=pairs", "data.train_size=4000", "data.selection_size=2000", "trainer.epochs=2")
 TOY = (
@@ -52,9 +53,7 @@ class Protocol:
 
 def run(command: list[str], folder: Path) -> None:
     """Start a sweep in a folder, or resume the one that is there; exit if it does not end well."""
-    arguments = ["train", "-m", f"resume={folder}"] if sweep_folder.is_sweep(folder) else command
-    code = lora_bench([*arguments, *([] if arguments is not command else [f"hydra.sweep.dir={folder}"])])
-    if code:
+    if code := start_or_resume(command, folder):
         sys.exit(code)
 
 
