@@ -77,8 +77,6 @@ class Backbone(ABC):
     """True if truncation shortens the texts in a template only, and keeps its words."""
     needs_text_ids = False
     """True if token tables and batches hold the text of each token (`Batch.text_ids`), which `text_masks` reads."""
-    has_default_pair_features = True
-    """True if `head.pair_features=null` stands for pair features where the texts are separated."""
     words: Sequence[LabelWords] = ()
     """Of each head: the words for the classes, whose scores are the logits; empty with a classification head."""
 

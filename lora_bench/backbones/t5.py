@@ -30,7 +30,6 @@ class _T5(Backbone):
 
     query_value = r".*\.(q|v)"
     needs_text_ids = True
-    has_default_pair_features = False  # runs of earlier versions had none
     encoder: Any
 
     def __init__(self, network: nn.Module, tokenizer: Any, new_parameters: set[str], template: str, task: str) -> None:

@@ -78,7 +78,7 @@ class Head:
 
     pair_features: bool | None
     """Add products and differences of the two texts' mean token vectors to the logits, of a single text the vector
-    itself; null: if the model can tell the texts apart, but not with T5."""
+    itself; null: if the model can tell the texts apart."""
     fit_batches: int
     """Training batches that the output layer, pair features included, is fitted to before the first step, with the
     backbone as it is; 0: it starts at random."""

@@ -57,7 +57,7 @@ def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
         config["data"] = _with_relation(config["data"])
     if isinstance(config.get("tasks"), dict):
         config["tasks"] = {name: _fill_task(name, node) for name, node in config["tasks"].items()}
-    config = _with_form(config)
+    config = _with_form(_without_pair_features_of_t5(config))
     options = {
         group: _find_option(group, record["choices"].get(group), record["config"].get(group), option)
         for group, option in default_options.items()
@@ -128,6 +128,20 @@ def _with_form(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(head, dict) and head.get("pair_features", False) is None:
         config = config | {"head": head | {"pair_features": False}}
     return config | {"model": model | BEFORE_TEMPLATES}
+
+
+def _without_pair_features_of_t5(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the recorded config of a T5 without pair features if it is older than `head.fit_batches`.
+
+    Such a model had none then, so `head.pair_features=null` meant false.
+    """
+    model, head = config.get("model"), config.get("head")
+    if not isinstance(model, dict) or not isinstance(head, dict):
+        return config
+    is_unset = head.get("pair_features", False) is None
+    if model.get("family") == "t5" and is_unset and "fit_batches" not in head:
+        return config | {"head": head | {"pair_features": False}}
+    return config
 
 
 def _with_relation(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,14 @@ def test_a_generic_model_of_an_older_run_keeps_its_input_and_its_head() -> None:
     assert newer["head"]["pair_features"] is None
 
 
+def test_an_older_t5_has_no_pair_features() -> None:
+    """Then `head.pair_features=null` gave it none; a head without `fit_batches` is that old."""
+    record = record_of("model=tiny_t5", "head.pair_features=null", model="tiny_t5")
+    assert fill_defaults(record)["head"]["pair_features"] is None
+    del record["config"]["head"]["fit_batches"]
+    assert fill_defaults(record)["head"]["pair_features"] is False
+
+
 def test_a_choice_of_the_user_s_has_the_defaults_of_its_kind() -> None:
     record = record_of("adapter=adalora", adapter="mine", model="mine", data="mine")
     del record["config"]["adapter"]["beta1"], record["config"]["model"]["revision"], record["config"]["data"]["unseen"]

@@ -210,14 +210,14 @@ class PackState(nn.Module):
 
 
 def _has_pair_features(member: Member, backbone: Backbone) -> bool:
-    """Return whether a member has pair features; None in its settings means the backbone's default, where it can.
+    """Return whether a member has pair features; None in its settings means that it has them if the backbone can.
 
     Raises:
         UserError: they are requested, and the backbone does not give the tokens' vectors of each text.
     """
     requested = member.pair_features
     if requested is None:
-        return backbone.has_default_pair_features and backbone.separates_texts
+        return backbone.separates_texts
     if requested and not backbone.separates_texts:
         raise UserError(
             "needs a vector for each token of the two texts, and this model does not give them",
