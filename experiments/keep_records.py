@@ -3,8 +3,9 @@
 
     experiments/keep_records.py RUNS RECORDS
 
-Of every finished run below RUNS it copies run.json, metrics.jsonl and predictions/ (ids, labels and scores) to the same
-place below RECORDS. Folders of the machine are cut from the paths in run.json: /home/me/data/qqp becomes qqp.
+Of every finished run below RUNS it copies run.json, metrics.jsonl, predictions/ (ids, labels and scores) and the
+metrics of later evaluations to the same place below RECORDS. Folders of the machine are cut from the paths in them:
+/home/me/data/qqp becomes qqp.
 `lora-bench compare RECORDS` prints the tables again. A record that is there is replaced.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from lora_bench.records import run_folder
 from lora_bench.records.local_paths import without_folders
@@ -27,12 +29,24 @@ def keep(runs: Path, records: Path) -> int:
         target = records / folder.resolve().relative_to(runs.resolve())
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        raw = json.loads((folder / run_folder.RECORD_FILE).read_text(encoding="utf-8"))
-        text = json.dumps(run_folder.with_checksum(without_folders(raw)), ensure_ascii=False, indent=1)
-        (target / run_folder.RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+        record = run_folder.with_checksum(_read(folder / run_folder.RECORD_FILE))
+        _write(target / run_folder.RECORD_FILE, record)
+        for path in sorted((folder / run_folder.EVALUATIONS).glob("*.json")):
+            _write(target / run_folder.EVALUATIONS / path.name, _read(path))
         shutil.copy(folder / run_folder.METRICS_FILE, target)
         shutil.copytree(folder / run_folder.PREDICTIONS, target / run_folder.PREDICTIONS)
     return len(done)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file without folders of this machine."""
+    content: dict[str, Any] = without_folders(json.loads(path.read_text(encoding="utf-8")))
+    return content
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

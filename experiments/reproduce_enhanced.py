@@ -1,21 +1,22 @@
 #!/usr/bin/env python3
 """Reproduce every result about the enhanced method. Finished work is not repeated: start the script again to resume.
 
-    LORA_BENCH_BACKBONES=DIR experiments/reproduce_enhanced.py DATA OUTPUT [STAGE …] [KEY=VALUE …]
-    experiments/reproduce_enhanced.py --toy OUTPUT [STAGE …]
+    LORA_BENCH_BACKBONES=DIR experiments/reproduce_enhanced.py DATA OUTPUT [STAGE …] [KEY=VALUE …] [--records DIR]
+    experiments/reproduce_enhanced.py --toy OUTPUT [STAGE …] [--records DIR]
 
 DATA is a folder with QQP's train.tsv and validation.tsv; PAWS-QQP's test.tsv is in ../paws_qqp beside it. With --toy
 the whole protocol takes minutes: random networks, generated pairs. All stages run unless some are named:
 
     methods     the enhanced method and seven rivals on MiniLM: learning rates chosen from the same four values on the
                 selection split (2,000 pairs, seed 0); then 8,000 pairs, 2 epochs, seeds 0-4
-    backbones   enhanced, LoRA and full fine-tuning on roberta_mini and t5_mini: learning rates chosen in the same way
-                on each; then 4,000 pairs, 2 epochs, seeds 0-2
-    large       these three on 50,000 pairs, 1 epoch, seeds 0-2, at the learning rates that `methods` chose, as in the
-                next two stages
+    backbones   enhanced, LoRA and full fine-tuning, these two also with the recipe, on roberta_mini, t5_mini and
+                MiniLM: learning rates chosen in the same way on each; then 4,000 pairs, 2 epochs, seeds 0-2
+    large       enhanced, LoRA and full fine-tuning on 50,000 pairs, 1 epoch, seeds 0-2, at the learning rates that
+                `methods` chose
     target      these three, full fine-tuning with the recipe, and the enhanced method on the upper four layers in one
-                epoch; 8,000 pairs, otherwise 2 epochs, seeds 0-2, an evaluation every 25 steps: the cost of reaching
-                the final selection MCC of full fine-tuning
+                epoch, on MiniLM and roberta_mini; 8,000 pairs, otherwise 2 epochs, seeds 0-4, an evaluation every 25
+                steps: the cost of reaching the final selection MCC of full fine-tuning. At the learning rates of
+                `methods`, and of `backbones`
     robust      the runs of `methods` of these three on PAWS-QQP, on the strict subset of validation (n_q_in_train is
                 0), and on validation perturbed
     ablation    sweep=ablation: each part turned off in turn, 8,000 pairs, 2 epochs, seeds 0-4
@@ -23,9 +24,10 @@ the whole protocol takes minutes: random networks, generated pairs. All stages r
                 cost of one learning rate for all ranks
 
 The table of each stage is in its folder below OUTPUT; `lora-bench compare` prints it again. The rivals are tested
-against the enhanced method. All stages take about eight hours on two cores that multiply bf16 fast (estimated, not
-measured). KEY=VALUE is added to every new sweep: pack.workers=12 runs so many processes at a time on one large GPU,
-best under NVIDIA's multi-process service (nvidia-cuda-mps-control -d). The seconds of a run are then not its own.
+against the enhanced method. With --records the reported runs of a finished stage are kept there too, without weights
+and texts. All stages take about twelve hours on two cores that multiply bf16 fast (estimated, not measured). KEY=VALUE
+is added to every new sweep: pack.workers=12 runs so many processes at a time on one large GPU, best under NVIDIA's
+multi-process service (nvidia-cuda-mps-control -d). The seconds of a run are then not its own.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from keep_records import keep
 from kept_sweep import start_or_resume
 
 from lora_bench.cli import main as lora_bench
@@ -49,7 +52,8 @@ if TYPE_CHECKING:
 
 ENHANCED, LORA, FULL = THREE = ("experiment=enhanced", "adapter=lora", "adapter=full")
 RECIPES = ("experiment=recipe adapter=lora", "experiment=recipe adapter=full")
-METHODS = (ENHANCED, LORA, FULL, *RECIPES, "adapter=dora", "adapter=milora", "adapter=rslora")
+FIVE = (*THREE, *RECIPES)
+METHODS = (*FIVE, "adapter=dora", "adapter=milora", "adapter=rslora")
 SINGLE_RUNS = ("pack.size=1",)
 """One run after another, so that seconds are each run's own."""
 
@@ -67,12 +71,15 @@ class Scale:
     rates: tuple[str, ...]
     """Learning rates to choose from."""
     methods: tuple[str, ...] = METHODS
+    methods_of_backbones: tuple[str, ...] = FIVE
     seeds: str = "0,1,2,3,4"
     fewer_seeds: str = "0,1,2"
     ranks: str = "1,2,4,8,16,32,64,128"
     upper_layers: str = "top:4"
     main_model: str = "minilm"
-    small_models: tuple[str, ...] = ("roberta_mini", "t5_mini")
+    backbones: tuple[str, ...] = ("roberta_mini", "t5_mini", "minilm")
+    targets: tuple[tuple[str, str], ...] = (("minilm", "methods"), ("roberta_mini", "backbones/roberta_mini"))
+    """The backbones of the stage `target`, each with the stage that chose its learning rates."""
     divisor: int = 1
     """Numbers of pairs are divided by it."""
     single_runs: tuple[str, ...] = SINGLE_RUNS
@@ -98,7 +105,9 @@ class Scale:
             ranks="1,4",
             upper_layers="top:1",
             main_model="tiny_bert",
-            small_models=("tiny_roberta", "tiny_t5"),
+            methods_of_backbones=THREE,
+            backbones=("tiny_roberta",),
+            targets=(("tiny_bert", "methods"),),
             divisor=100,
             single_runs=(),
         )
@@ -120,29 +129,33 @@ class Protocol:
         scale: sizes and data.
         output: where each stage has a folder.
         overrides: further overrides of every sweep.
+        records: where the reported runs of finished stages are kept; None: nowhere.
     """
 
-    def __init__(self, scale: Scale, output: Path, overrides: Sequence[str] = ()) -> None:
-        self.scale, self.output, self.overrides = scale, output, overrides
+    def __init__(self, scale: Scale, output: Path, overrides: Sequence[str] = (), records: Path | None = None) -> None:
+        self.scale, self.output, self.overrides, self.records = scale, output, overrides, records
         self.exit_code = 0
 
     def methods(self) -> None:
         self._sweep_tuned("methods", self.scale.main_model, self.scale.methods, 8000, self.scale.seeds)
 
     def backbones(self) -> None:
-        for model in self.scale.small_models:
-            self._sweep_tuned(f"backbones/{model}", model, THREE, 4000, self.scale.fewer_seeds)
+        for model in self.scale.backbones:
+            methods = self.scale.methods_of_backbones
+            self._sweep_tuned(f"backbones/{model}", model, methods, 4000, self.scale.fewer_seeds)
 
     def large(self) -> None:
-        self._sweep_at_chosen_rates("large", {method: method for method in THREE}, *self.scale.size(50000, 1))
+        grid = [f"model={self.scale.main_model}", *self.scale.size(50000, 1), f"seed={self.scale.fewer_seeds}"]
+        self._sweep_at_chosen_rates("large", "methods", {method: method for method in THREE}, *grid)
 
     def target(self) -> None:
         pairs, two_epochs = self.scale.size(8000, 2)
         one_epoch = self.scale.size(8000, 1)[1]
         variants = {f"{method} {two_epochs}": method for method in (*THREE, RECIPES[-1])}
         variants[f"{ENHANCED} adapter.layers={self.scale.upper_layers} {one_epoch}"] = ENHANCED
-        every = f"trainer.eval_every={max(1, 25 // self.scale.divisor)}"
-        self._sweep_at_chosen_rates("target", variants, pairs, every)
+        grid = [pairs, f"trainer.eval_every={max(1, 25 // self.scale.divisor)}", f"seed={self.scale.seeds}"]
+        for model, stage in self.scale.targets:
+            self._sweep_at_chosen_rates(f"target/{model}", stage, variants, f"model={model}", *grid)
 
     def robust(self) -> None:
         for name, data in self._evaluation_data().items():
@@ -150,12 +163,14 @@ class Protocol:
                 if not (run / "evaluations" / f"{name}.json").exists():
                     self._call("eval", f"run={run}", f"name={name}", *data)
         baseline = next(iter(self._reported_rates(ENHANCED)))
+        self._keep("methods/report")
         self._call("compare", str(self.output / "methods"), "--baseline", str(baseline))
 
     def ablation(self) -> None:
         rates = f"optimizer.lr={','.join(self.scale.rates)}"
         grid = [f"model={self.scale.main_model}", *self.scale.size(8000, 2), self.scale.tuning()]
         self._sweep("ablation", "sweep=ablation", *grid, rates, f"seed={self.scale.seeds}")
+        self._keep("ablation/report")
 
     def ranks(self) -> None:
         """Sweep ranks and learning rates; write the MCC at the chosen and at the best learning rate of each rank."""
@@ -176,23 +191,25 @@ class Protocol:
         grid = [f"optimizer.lr={','.join(scale.rates)}", f"seed={seeds}", variants_override(methods)]
         tuning = ["hydra/sweeper=tuned", scale.tuning()]
         self._sweep(stage, f"model={model}", *scale.size(pairs, 2), *scale.single_runs, *tuning, *grid)
+        self._keep(f"{stage}/report")
 
-    def _sweep_at_chosen_rates(self, stage: str, methods: Mapping[str, str], *overrides: str) -> None:
-        """Sweep variants, each at the learning rate that was chosen for the method it maps to."""
-        rates = {method: next(iter(self._reported_rates(method).values())) for method in methods.values()}
+    def _sweep_at_chosen_rates(self, stage: str, tuned: str, methods: Mapping[str, str], *overrides: str) -> None:
+        """Sweep variants, each at the learning rate that a stage chose for the method it maps to."""
+        rates = {method: next(iter(self._reported_rates(method, tuned).values())) for method in methods.values()}
         variants = [f"{variant} optimizer.lr={rates[method]}" for variant, method in methods.items()]
-        grid = [f"seed={self.scale.fewer_seeds}", *self.scale.single_runs, variants_override(variants)]
-        self._sweep(stage, f"model={self.scale.main_model}", *grid, *overrides)
+        self._sweep(stage, *self.scale.single_runs, variants_override(variants), *overrides)
+        self._keep(stage)
 
-    def _reported_rates(self, method: str) -> dict[Path, str]:
-        """Return the learning rate of each reported run of a method in the stage `methods`, by the run's folder."""
-        folder = self.output / "methods"
+    def _reported_rates(self, method: str, stage: str = "methods") -> dict[Path, str]:
+        """Return the learning rate of each reported run of a method in a stage, by the run's folder."""
+        folder = self.output / stage
         rates = {}
         for name, job in (sweep_folder.read(folder).jobs if sweep_folder.is_sweep(folder) else {}).items():
             choices = {text for text in job if text.startswith(("experiment=", "adapter="))}
             if name.startswith("report/") and choices == set(method.split()):
                 rates[folder / name] = next(text for text in job if text.startswith("optimizer.lr=")).split("=")[1]
-        return rates or sys.exit(f"the stage methods has not chosen a learning rate for {method} yet: run it first")
+        stage = stage.partition("/")[0]
+        return rates or sys.exit(f"the stage {stage} has not chosen a learning rate for {method} yet: run it first")
 
     def _evaluation_data(self) -> dict[str, list[str]]:
         """Return the overrides of the data on which finished runs are evaluated, by name."""
@@ -214,6 +231,11 @@ class Protocol:
         folder = self.output / stage
         command = ["train", "-m", *arguments, *self.scale.overrides, *self.overrides]
         self._note(start_or_resume(command, folder))
+
+    def _keep(self, folder: str) -> None:
+        """Keep the records of the finished runs of a folder below the output."""
+        if self.records is not None:
+            keep(self.output / folder, self.records / folder.removesuffix("/report"))
 
     def _call(self, *arguments: str) -> None:
         self._note(lora_bench(list(arguments)))
@@ -268,6 +290,7 @@ def format_ranks(runs: Sequence[dict[str, Any]], chosen: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="the whole protocol in small; DATA is left out")
+    parser.add_argument("--records", type=Path, help="folder in which records of the reported runs are kept")
     parser.add_argument("arguments", nargs="+", metavar="DATA OUTPUT STAGE KEY=VALUE")
     options = parser.parse_args()
     overrides = [text for text in options.arguments if "=" in text]
@@ -280,7 +303,7 @@ def main() -> int:
     output, *stages = positional
     if unknown := set(stages) - STAGES.keys():
         parser.error(f"no such stage: {', '.join(sorted(unknown))}")
-    protocol = Protocol(scale, Path(output), overrides)
+    protocol = Protocol(scale, Path(output), overrides, options.records)
     for stage in stages or STAGES:
         STAGES[stage](protocol)
     return protocol.exit_code
