@@ -178,7 +178,14 @@ def test_a_replaced_conv1d_computes_and_saves_the_same() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.parametrize(("adapter", "modules"), [("lora", "all"), ("dora", "qv"), ("vera", "all")])
+@pytest.mark.parametrize(
+    ("adapter", "modules"),
+    [
+        ("dora", "qv"),
+        pytest.param("lora", "all", marks=pytest.mark.matrix),
+        pytest.param("vera", "all", marks=pytest.mark.matrix),
+    ],
+)
 def test_an_exported_gpt2_gives_the_scores_of_the_run(
     folders: Mapping[str, Path], tmp_path: Path, adapter: str, modules: str
 ) -> None:
