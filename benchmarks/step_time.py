@@ -87,8 +87,8 @@ def main() -> None:
     from lora_bench.training.memory import keep_freed_memory
 
     keep_freed_memory()
-    own = [choice for choice in choices("adapter") if choice.partition("_")[0] != "peft"]
-    methods = dict.fromkeys(["lora", *(options.methods or own)])
+    native = [choice for choice in choices("adapter") if choice.partition("_")[0] != "peft"]
+    methods = dict.fromkeys(["lora", *(options.methods or native)])
     packs = {method: build_pack(method) for method in methods}
     seconds = measure(packs)
     print(f"{torch.get_num_threads()} threads, {packs['lora'][0].backbone.compute_dtype}, {ROUNDS} rounds\n")

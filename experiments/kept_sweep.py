@@ -28,8 +28,8 @@ def start_or_resume(command: Sequence[str], folder: Path) -> int:
 
 def is_kept(records: Path, runs: int) -> bool:
     """Return whether a folder of records has so many runs, all done."""
-    found = run_folder.find_runs([records])[0] if records.is_dir() else []
-    return len([record for _, record in found if record["status"] == "done"]) >= runs
+    records_by_folder = run_folder.find_runs([records])[0] if records.is_dir() else []
+    return len([record for _, record in records_by_folder if record["status"] == "done"]) >= runs
 
 
 def run_kept(arguments: Sequence[str], folder: Path, records: Path, runs: int) -> int:

@@ -53,8 +53,8 @@ def main() -> int:
     if unknown := set(options.methods) - set(known):
         parser.error(f"no such method: {', '.join(sorted(unknown))}")
     worst = 0
-    own = [method for method in known if method.partition("_")[0] != "peft"]
-    for method in options.methods or own:
+    native = [method for method in known if method.partition("_")[0] != "peft"]
+    for method in options.methods or native:
         print(f"\n{method}", flush=True)
         code = run_sweep(method, options.data, options.output / method)
         if code in INTERRUPTED:

@@ -37,7 +37,7 @@ class Code(StrEnum):
     EXISTS = "exists"
     """Something older would be overwritten."""
     EXTENSION = "extension"
-    """What an installed distribution registers cannot be used."""
+    """An entry point of an installed distribution cannot be used."""
     FORBIDDEN = "forbidden"
     """The request would run code, show a secret or leave its folder."""
     INVALID_DATA = "invalid_data"

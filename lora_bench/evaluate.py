@@ -193,8 +193,8 @@ def _with_order_of_numbers(data: schema.Data, finished: FinishedRecord) -> schem
 
     `data.positive_label` may have put the run's classes into another order than its `data.label_names`.
     """
-    given, own = finished.config["data"].get("label_names"), finished.label_names
-    is_reordered = data.label_names is None and given and own and given != own and sorted(given) == sorted(own)
+    given, of_run = finished.config["data"].get("label_names"), finished.label_names
+    is_reordered = data.label_names is None and given and of_run and given != of_run and sorted(given) == sorted(of_run)
     return replace(data, label_names=given) if is_reordered else data
 
 

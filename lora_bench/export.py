@@ -206,7 +206,7 @@ _TRUNCATED = {
     "second": "the second text",
     "middle": "the longer text in its middle",
 }
-"""What loses tokens, by `data.truncation`."""
+"""The text that loses tokens, by `data.truncation`."""
 
 
 def _reading(run: FinishedRun) -> list[str]:

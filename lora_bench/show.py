@@ -132,11 +132,11 @@ def _amount(key: str, value: float) -> str:
 def _print_files(folder: Path, console: Console) -> None:
     """Print the content of a run's folder with sizes in bytes; hidden files only count in the sum."""
     sizes = {path: disk_usage(path) for path in sorted(folder.iterdir())}
-    shown = {path: size for path, size in sizes.items() if not path.name.startswith(".")}
+    listed = {path: size for path, size in sizes.items() if not path.name.startswith(".")}
     console.print()
     console.print(sanitise(f"{folder}: {format_number(sum(sizes.values()), 'B')}"))
-    names = [f"  {path.name}{'/' * path.is_dir()}" for path in shown]
-    amounts = [format_number(size, "B") for size in shown.values()]
+    names = [f"  {path.name}{'/' * path.is_dir()}" for path in listed]
+    amounts = [format_number(size, "B") for size in listed.values()]
     print_columns(console, [TextColumn("  file", names), TextColumn("size", amounts, is_number=True)])
 
 

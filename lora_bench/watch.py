@@ -193,8 +193,8 @@ def _table(watch: Watch, console: Console, height: int | None) -> Text:
     header, *lines = lay_out(columns, available_width(console)) if runs else ["no run has started yet"]
     if height is not None and len(lines) > height - 3:
         first_running = sorted(range(len(lines)), key=lambda i: runs[i].run.state != "running")
-        shown = sorted(first_running[: max(0, height - 4)])
-        lines = [*(lines[i] for i in shown), f"… and {len(lines) - len(shown)} more"]
+        listed = sorted(first_running[: max(0, height - 4)])
+        lines = [*(lines[i] for i in listed), f"… and {len(lines) - len(listed)} more"]
     lines = [header, *lines, sanitise(f"{watch.summary} below {watch.folder}").plain]
     lines += [] if height is None else ["Ctrl-C ends this display, not the runs"]
     return Text("\n").join([Text(lines[0], "bold"), *map(Text, lines[1:])])

@@ -99,10 +99,10 @@ def read_keys(command: str) -> list[Entry]:
         return []
     if command == "train":
         return [*top_keys(), *schema_keys(), *adapter_keys(), *hydra_keys()]
-    own = list(command_keys(command))
-    names = {entry["key"] for entry in own}
+    entries = list(command_keys(command))
+    names = {entry["key"] for entry in entries}
     groups = [group for group in read_groups(command) if group in ("data", "model")]
-    return own + [entry for entry in schema_keys() if entry["group"] in groups and entry["key"] not in names]
+    return entries + [entry for entry in schema_keys() if entry["group"] in groups and entry["key"] not in names]
 
 
 def entry_of(

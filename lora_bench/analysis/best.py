@@ -73,8 +73,8 @@ def _recommended_record(table: Table) -> dict[str, Any]:
 def _choice(record: dict[str, Any], group: str, folder: Path) -> str:
     """Return the choice of a group that a run was made with, which ships with the package or lies in `folder`."""
     choice = str(record["choices"].get(group))
-    own = re.fullmatch(r"\w[\w-]*", choice) is not None and (folder / group / f"{choice}.yaml").is_file()
-    if choice not in all_choices(group) and not own:
+    is_local = re.fullmatch(r"\w[\w-]*", choice) is not None and (folder / group / f"{choice}.yaml").is_file()
+    if choice not in all_choices(group) and not is_local:
         remedy = f"Give {OPTION} the folder that has {group}/{to_single_line(choice)}.yaml."
         raise UserError(
             "is no choice that ships with lora-bench", key=group, value=choice, remedy=remedy, code=Code.UNKNOWN_CHOICE

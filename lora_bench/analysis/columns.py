@@ -82,19 +82,19 @@ def metric_columns(runs: Sequence[RecordedRun], splits: Sequence[str], measure: 
     forms = [form for form in SHOWN_METRICS if any(run.form == form for run in runs)] or ["binary"]
     always = [name for form in forms for name in SHOWN_METRICS[form]] + [run.main_metric for run in runs]
     main_metrics = {run.main_metric for run in runs}
-    shown = list(dict.fromkeys([*always, *([measure] if measure else [])]))
+    names = list(dict.fromkeys([*always, *([measure] if measure else [])]))
     recorded = sorted({key for run in runs for key in run.record["metrics"]})
     extra_keys = {key for run in runs for key in _extra_keys(run)}
     own_splits = [split for split in splits if ":" not in split]  # the rest are later evaluations on other data
     for i, split in enumerate(splits):
         extra = [key.removeprefix(f"{split}/") for key in recorded if key.startswith(f"{split}/") and key in extra_keys]
-        extra = [name for name in extra if name not in shown and has_column(name)]
-        main = [name for name in shown if split in own_splits or f"{split}/{name}" in recorded]
+        extra = [name for name in extra if name not in names and has_column(name)]
+        main = [name for name in names if split in own_splits or f"{split}/{name}" in recorded]
         for name in [*main, *extra]:
             header = name if own_splits == [split] and split != "selection" else f"{split}/{name}"
-            rank = shown.index(name) if name in shown else -1
-            rank += len(shown) if name in main_metrics else 0  # a narrow table keeps one metric of each row
-            keep = len(KEEP) + 2 * (len(shown) + 1) * (len(splits) - i) + rank
+            rank = names.index(name) if name in names else -1
+            rank += len(names) if name in main_metrics else 0  # a narrow table keeps one metric of each row
+            keep = len(KEEP) + 2 * (len(names) + 1) * (len(splits) - i) + rank
             columns[f"{split}/{name}"] = Column(header, "metric", _arrow(name, runs, forms), keep=keep)
     return columns
 

@@ -40,7 +40,7 @@ SAVING = 0.95
 
 @dataclass(frozen=True)
 class Decision:
-    """What to use on one data set."""
+    """The setting to use on one data set."""
 
     data: str | None
     """The identity of the data (`Row.data`)."""
@@ -49,7 +49,7 @@ class Decision:
     headline: str
     """The decision in one clause, without a period."""
     sentences: list[str]
-    """What to use and why; then, where tests were made or are missing, what the comparison detects or what to run."""
+    """The setting to use and the reason; then, if tests were made or are missing, what is detectable or what to run."""
     recommended: Row | None = None
     """None if no setting learned anything."""
     baseline: Row | None = None

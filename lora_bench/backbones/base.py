@@ -191,7 +191,7 @@ class Backbone(ABC):
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:
-        """How special tokens of the tokenizer are read where a text contains them."""
+        """The reading of special tokens of the tokenizer where a text contains them."""
         return SpecialTokens.of(self.tokenizer, () if self.template is None else self.template.parts)
 
     def save_tokenizer(self, folder: Path) -> None:

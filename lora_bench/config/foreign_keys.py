@@ -98,7 +98,7 @@ FOREIGN_KEYS: dict[str, str] = {
     "deepspeed": "It is not supported; trainer.sharding=fsdp under torchrun shards the backbone.",
     "dataloader_num_workers": "Leave it out: texts are tokenised before training.",
 }
-"""What to give in place of a setting of another program, by its name."""
+"""The replacement of a setting of another program, by its name."""
 
 
 def foreign_key_note(key: str) -> str | None:

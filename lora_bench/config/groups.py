@@ -94,5 +94,5 @@ def all_choices(group: str, config_dir: str | None = None) -> list[str]:
     """
     from lora_bench.extensions.entry_points import choices_of, conf_folders  # late: completion does not need it
 
-    own = (path.stem for path in Path(config_dir, group).glob("[!_]*.yaml")) if config_dir else ()
-    return sorted({*choices(group), *choices_of(conf_folders(), group), *own})
+    files = (path.stem for path in Path(config_dir, group).glob("[!_]*.yaml")) if config_dir else ()
+    return sorted({*choices(group), *choices_of(conf_folders(), group), *files})

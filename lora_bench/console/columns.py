@@ -58,20 +58,20 @@ def lay_out(columns: Sequence[TextColumn], width: int | None) -> list[str]:
     the last columns that do not fit, and then the widest of the columns that may be shortened lose characters. A
     shortened text ends with `…`.
     """
-    shown = [column for column in columns if any(column.cells)]
-    texts = [[column.header, *(sanitise(cell).plain for cell in column.cells)] for column in shown]
+    filled = [column for column in columns if any(column.cells)]
+    texts = [[column.header, *(sanitise(cell).plain for cell in column.cells)] for column in filled]
     widths = [max(map(cell_len, cells)) for cells in texts]
     if width is not None:
-        for i in reversed(range(len(shown))):
-            is_uniform = len(shown[i].cells) > 1 and len(set(shown[i].cells)) == 1
-            if is_uniform and shown[i].min_width is not None and sum(widths) + GAP * (len(widths) - 1) > width:
-                del shown[i], texts[i], widths[i]
-        widths = _fitted(widths, [column.min_width for column in shown], width)
+        for i in reversed(range(len(filled))):
+            is_uniform = len(filled[i].cells) > 1 and len(set(filled[i].cells)) == 1
+            if is_uniform and filled[i].min_width is not None and sum(widths) + GAP * (len(widths) - 1) > width:
+                del filled[i], texts[i], widths[i]
+        widths = _fitted(widths, [column.min_width for column in filled], width)
     lines = []
     for row in zip(*texts, strict=True):
         cells = [
             _padded(_shortened(cell, size), size, column.is_number)
-            for cell, size, column in zip(row, widths, shown, strict=False)  # without the columns that do not fit
+            for cell, size, column in zip(row, widths, filled, strict=False)  # without the columns that do not fit
         ]
         lines.append((" " * GAP).join(cells).rstrip())
     return lines

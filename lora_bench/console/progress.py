@@ -221,8 +221,8 @@ def _label_lines(data: Mapping[str, Any]) -> list[str]:
     """
     names, ranges = data.get("label_names"), data.get("label_range")
     if names:
-        shown = names if len(names) <= MAX_CLASSES_SHOWN else [*names[: MAX_CLASSES_SHOWN - 2], "…", names[-1]]
-        return [f"{len(names)} classes: {', '.join(name[:40] for name in shown)}"]
+        listed = names if len(names) <= MAX_CLASSES_SHOWN else [*names[: MAX_CLASSES_SHOWN - 2], "…", names[-1]]
+        return [f"{len(names)} classes: {', '.join(name[:40] for name in listed)}"]
     if ranges and ranges.get("train"):
         low, mean, high = ranges["train"]
         return [f"numbers from {low:g} to {high:g}, mean {mean:.3g}"]

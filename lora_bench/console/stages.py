@@ -247,8 +247,8 @@ def stage(name: str, total: float | None = None, unit: str = "", *, done: float 
     if _current is None:
         yield Stage(_NOWHERE, name, total, unit, done)
         return
-    with Stage(_current.console, name, total, unit, done) as shown:
-        yield shown
+    with Stage(_current.console, name, total, unit, done) as current:
+        yield current
 
 
 @contextmanager
@@ -261,8 +261,8 @@ def importing_libraries() -> Iterator[Stage]:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        with stage("importing torch and transformers") as shown:
-            yield shown
+        with stage("importing torch and transformers") as current:
+            yield current
         gc.freeze()
     finally:
         if was_enabled:

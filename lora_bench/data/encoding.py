@@ -62,7 +62,7 @@ class Encoding:
     max_length: int
     truncation: str
     positions: TextPositions | None
-    """How tokens are assigned to the texts; None: nothing depends on it."""
+    """The assignment of tokens to the texts; None: nothing depends on it."""
 
     @cached_property
     def backend(self) -> Any:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """How a tokenizer reads its special tokens where a text contains them: as other characters."""
+    """The reading of a tokenizer's special tokens where a text contains them: as other characters."""
 
     are_split: bool = True
     """The tokenizer splits them itself (`split_special_tokens` of transformers). It does not if a template has some,

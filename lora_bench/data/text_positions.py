@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextPositions:
-    """How the tokens of N examples are assigned to their texts."""
+    """The assignment of the tokens of N examples to their texts."""
 
     spans: NDArray[np.int64] | None = None
     """(N, texts, 2) first character and end (exclusive) of each text in the one text that the tokenizer reads; None:

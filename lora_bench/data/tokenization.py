@@ -31,7 +31,7 @@ class PairReader(Protocol):
 
     @property
     def special_tokens(self) -> SpecialTokens:
-        """How the tokenizer reads special tokens that the texts contain."""
+        """The tokenizer's reading of special tokens that the texts contain."""
         ...
 
     def render(self, columns: Sequence[tuple[str, list[str]]]) -> tuple[list[str], list[str] | None]:

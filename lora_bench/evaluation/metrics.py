@@ -368,7 +368,7 @@ def _registered_function(name: str, key: str) -> tuple[Callable[..., Any], str]:
 
 
 _PREFIXES = {"binary": "Binary", "multiclass": "Multiclass", "regression": ""}
-"""What the names of torchmetrics' classes begin with, by form of task."""
+"""Prefix of the names of torchmetrics' classes, by form of task."""
 _EXAMPLES = {
     "binary": "Specificity or AveragePrecision",
     "multiclass": "Specificity or AveragePrecision",

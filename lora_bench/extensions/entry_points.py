@@ -58,7 +58,7 @@ class Registration:
 
 def registered(group: str) -> tuple[Registration, ...]:
     """Return the entry points of a group in the installed distributions; none of them is imported."""
-    return tuple(found for found in _read_all(tuple(sys.path)) if found.entry_point.group == group)
+    return tuple(registration for registration in _read_all(tuple(sys.path)) if registration.entry_point.group == group)
 
 
 @cache
@@ -97,7 +97,7 @@ def refuse_replacement(group: str, name: str, key: str) -> None:
     Raises:
         UserError: a distribution registers it; the distribution is named.
     """
-    others = [found.distribution for found in registered(group) if found.entry_point.name == name]
+    others = [registration.distribution for registration in registered(group) if registration.entry_point.name == name]
     if others:
         raise UserError(
             f"is part of lora-bench, and {others[0]} registers another one of this name",
@@ -119,21 +119,21 @@ def load_registered(group: str, name: str, key: str) -> tuple[object, str]:
     Raises:
         UserError: two distributions register the name, or it cannot be imported; they are named.
     """
-    found = [registration for registration in registered(group) if registration.entry_point.name == name]
-    if len(found) > 1:
+    registrations = [registration for registration in registered(group) if registration.entry_point.name == name]
+    if len(registrations) > 1:
         raise UserError(
-            f"is registered by {' and by '.join(registration.distribution for registration in found)}",
+            f"is registered by {' and by '.join(registration.distribution for registration in registrations)}",
             key=key,
             value=name,
             remedy=f"Uninstall one of them, or rename its entry point in the group {group}.",
             code=Code.EXTENSION,
         )
-    point = found[0].entry_point
+    point = registrations[0].entry_point
     try:
-        return point.load(), found[0].distribution
+        return point.load(), registrations[0].distribution
     except Exception as error:
         reason = f"cannot be loaded from {point.value} ({type(error).__name__}: {str(error)[:200]})"
-        raise unusable(found[0].distribution, reason, key, name) from None
+        raise unusable(registrations[0].distribution, reason, key, name) from None
 
 
 def versions(names: Collection[tuple[str, str]]) -> dict[str, str]:

@@ -27,7 +27,7 @@ class LLM:
     logprobs: bool
     """Ask for log-probabilities; where the server gives none, the text of the answer is read."""
     top_logprobs: int
-    """How many tokens at each place to ask the probabilities of."""
+    """Number of tokens at each place whose probabilities are requested."""
     extra: dict[str, Any]
     """Further fields of each request: `llm.extra.reasoning_effort=low`."""
     concurrency: int

@@ -1,4 +1,4 @@
-"""What is published of a finished run: its weights, its base model, and the forms in which other programs load it."""
+"""The published parts of a finished run: its weights, its base model, and the forms in which other programs load it."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ WRITE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class LiveProgress:
-    """How far a run has come; a value that is not known is None."""
+    """The progress of a run; a value that is not known is None."""
 
     step: int
     steps: int

@@ -137,6 +137,6 @@ def stored_runs(folders: Sequence[Path]) -> tuple[list[StoredRun], list[tuple[Pa
     Raises:
         UserError: a folder does not exist.
     """
-    found, skipped = find_runs(folders)
-    runs = [StoredRun(folder, record) for folder, record in found]
+    records_by_folder, skipped = find_runs(folders)
+    runs = [StoredRun(folder, record) for folder, record in records_by_folder]
     return sorted(runs, key=lambda run: run.record["created"] or ""), skipped  # stable: job 10 stays after job 2

@@ -56,7 +56,7 @@ class Entry:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the others are tested against it."""
+        """True if the others are tested against it."""
         return self.row.finding is not None and self.row.finding.verdict == BASELINE
 
 
@@ -67,7 +67,7 @@ class Block:
     name: str
     """Name of the data; empty if there is only one data set."""
     decision: Decision | None
-    """What to use on this data."""
+    """The setting to use on this data."""
     rows: list[Entry]
     """The rows that `compare` prints, in its order."""
     entries: list[Entry]

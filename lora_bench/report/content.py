@@ -117,7 +117,7 @@ class Widget:
 
     template: str
     values: dict[str, Any] = field(default_factory=dict)
-    """What the template needs."""
+    """The values that the template reads."""
     kind: str = "widget"
 
 
@@ -132,7 +132,7 @@ class Section:
     heading: str
     contents: Sequence[Content]
     hint: str = ""
-    """What is inside, in a few words beside the heading of a folded section."""
+    """The content in a few words, beside the heading of a folded section."""
 
 
 def pluralise(n: int, one: str, many: str | None = None) -> str:

@@ -131,7 +131,7 @@ def check_eval(cfg: DictConfig) -> None:
 EXPORT_FORMATS = ("peft", "merged", "onnx", "torch")
 """The choices of `format` of `lora-bench export`."""
 MODEL_FORMATS = ("peft", "merged")
-"""Those without the threshold: labels follow from the scores in the program that loads the model."""
+"""Forms of export without the threshold: labels follow from the scores in the program that loads the model."""
 
 
 def check_export(cfg: DictConfig) -> None:

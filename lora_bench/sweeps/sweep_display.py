@@ -1,4 +1,4 @@
-"""What the progress display of a sweep shows, from the sweep's record and settings; torch is not imported."""
+"""The content of a sweep's progress display, from the sweep's record and settings; torch is not imported."""
 
 from __future__ import annotations
 

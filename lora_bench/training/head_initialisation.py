@@ -73,9 +73,9 @@ def fit(pack: Pack, member: int, batches: Iterable[Batch]) -> Fitted:
         if linear is None:
             reason = "the model answers in words, without an output layer"
         if reason is None and linear is not None:
-            matching = dict(pack.pair_features.items()).get(str(member))
-            reason = _fit_layer(pack, member, of_head, linear, matching)
-            fitted.pair_features = fitted.pair_features or (reason is None and matching is not None)
+            pair_features = dict(pack.pair_features.items()).get(str(member))
+            reason = _fit_layer(pack, member, of_head, linear, pair_features)
+            fitted.pair_features |= reason is None and pair_features is not None
         if reason is not None:
             fitted.notes.append(f"head.fit_batches: {reason}, so nothing is fitted.")
     return fitted
@@ -110,7 +110,7 @@ def _compute(pack: Pack, member: int, batches: Iterable[Batch]) -> Tensor:
     return torch.cat(labels)
 
 
-def _fit_layer(pack: Pack, member: int, batches: list[Batch], linear: nn.Linear, matching: Any) -> str | None:
+def _fit_layer(pack: Pack, member: int, batches: list[Batch], linear: nn.Linear, pair_features: Any) -> str | None:
     """Fit a linear, and the weights of pair features if there are any, to batches of its task.
 
     Returns:
@@ -119,8 +119,8 @@ def _fit_layer(pack: Pack, member: int, batches: list[Batch], linear: nn.Linear,
     inputs: list[Tensor] = []
     features: list[Tensor] = []
     handles = [linear.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))]
-    if matching is not None:
-        handles.append(matching.register_forward_pre_hook(lambda _, arguments: features.append(arguments[0])))
+    if pair_features is not None:
+        handles.append(pair_features.register_forward_pre_hook(lambda _, arguments: features.append(arguments[0])))
     try:
         labels = _compute(pack, member, batches)
     finally:
@@ -137,10 +137,11 @@ def _fit_layer(pack: Pack, member: int, batches: list[Batch], linear: nn.Linear,
     linear.weight.copy_(weight[:, :D])
     if linear.bias is not None:
         linear.bias.copy_(bias)
-    if matching is not None:
+    if pair_features is not None:
         of_pairs = weight[:, D:]
-        matching.weight.copy_((of_pairs[1] - of_pairs[0]) / 2 if C == 2 else of_pairs.view_as(matching.weight))
-        matching.bias.zero_()
+        of_pairs = (of_pairs[1] - of_pairs[0]) / 2 if C == 2 else of_pairs.view_as(pair_features.weight)
+        pair_features.weight.copy_(of_pairs)
+        pair_features.bias.zero_()
     return None
 
 
@@ -158,15 +159,15 @@ def initialise(pack: Pack, member: int, batches: Iterable[Batch]) -> str | None:
     """
     if str(member) not in pack.pair_features:
         return None
-    matching: Any = pack.pair_features[str(member)]
+    pair_features: Any = pack.pair_features[str(member)]
     calibration_batches = list(islice(batches, BATCHES))
     if shortage := explain_insufficient_data(calibration_batches, member, reads_labels=True):
         return f"head.pair_features: {shortage}, so it starts at zero."
-    if matching.outputs > 1 and not any(pack.backbone.text_masks(batch)[1].any() for batch in calibration_batches):
+    if pair_features.outputs > 1 and not any(pack.backbone.text_masks(batch)[1].any() for batch in calibration_batches):
         return None
     features: list[Tensor] = []
-    handle = matching.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    handle = pair_features.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     with handle:
         labels = _compute(pack, member, calibration_batches)
-    matching.initialise(torch.cat(features), labels)
+    pair_features.initialise(torch.cat(features), labels)
     return None

@@ -219,17 +219,17 @@ class PackTraining:
                 pairs += mixture_pairs
             if self.observer:
                 self.observer.stepped(step, losses, pairs)
-            losers = self.evaluate(step, halving)
+            eliminated = self.evaluate(step, halving)
             for member in self.running():
                 if step == member.schedule.last_step < self.last_step:  # others have more to learn
                     member.progress.status = "done"
             # From here on all processes agree on the signal; one that arrives later takes effect after the next step.
             signal = self.processes.any_signal(self.interruption.requested_signal) if self.interruption else None
-            self.save(step, active, needed=signal is not None or bool(losers))
-            losers = [member for member in losers if member.is_running]
-            for member in losers:
+            self.save(step, active, needed=signal is not None or bool(eliminated))
+            eliminated = [member for member in eliminated if member.is_running]
+            for member in eliminated:
                 member.progress.status = "eliminated"
-            self.end(losers)
+            self.end(eliminated)
             if self.interruption and signal is not None:
                 self.interruption.raise_signal(signal)
             self.end(member for member in active if member.progress.status not in ("running", "eliminated"))

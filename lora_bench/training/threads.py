@@ -31,7 +31,7 @@ class Load:
 
     busy: float
     """Of all processes."""
-    own: float
+    of_this_process: float
     """Of this process and those that it has started and that have ended."""
     wall: float
 
@@ -47,7 +47,8 @@ class Load:
     def others_since(self, earlier: Load) -> float:
         """Return the number of processors that other processes have used on average since an earlier moment."""
         seconds = self.wall - earlier.wall
-        return max(0.0, (self.busy - earlier.busy) - (self.own - earlier.own)) / seconds if seconds > 0 else 0.0
+        of_this_process = self.of_this_process - earlier.of_this_process
+        return max(0.0, self.busy - earlier.busy - of_this_process) / seconds if seconds > 0 else 0.0
 
 
 def usable_processors() -> int:

@@ -39,7 +39,7 @@ def test_threads_are_the_processors_that_others_leave(
     busy: float, own: float, left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within two seconds."""
-    at(monkeypatch, busy=100 + busy, own=10 + own, wall=52)
+    at(monkeypatch, busy=100 + busy, of_this_process=10 + own, wall=52)
     text = fit_threads(Load(100, 10, 50))
     assert torch.get_num_threads() == left
     assert (text is None) == (left == 4)
@@ -49,7 +49,7 @@ def test_threads_are_the_processors_that_others_leave(
 
 
 def test_a_load_that_is_not_known_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    at(monkeypatch, busy=101, own=0, wall=0.1)
+    at(monkeypatch, busy=101, of_this_process=0, wall=0.1)
     assert fit_threads(Load(100, 0, 0)) is None
     assert fit_threads(None) is None
     assert torch.get_num_threads() == 4
@@ -67,11 +67,11 @@ def test_a_quota_of_a_container_limits_the_threads(monkeypatch: pytest.MonkeyPat
 
 
 def test_starving_threads_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    at(monkeypatch, busy=0, own=0, wall=0)
+    at(monkeypatch, busy=0, of_this_process=0, wall=0)
     watch = StarvationWatch()
     answers: list[Any] = []
     for seconds, busy, own in ((5, 20, 10), (11, 44, 44), (22, 88, 66), (44, 176, 88)):
-        at(monkeypatch, busy=busy, own=own, wall=seconds)
+        at(monkeypatch, busy=busy, of_this_process=own, wall=seconds)
         answers.append(watch.update())
     assert [text is not None for text in answers] == [False, False, True, False]
     assert "OMP_NUM_THREADS=2" in answers[2]

@@ -23,8 +23,8 @@ __all__ = ["check_settings", "method_class", "method_names"]
 
 def method_names() -> list[str]:
     """Return the names of the methods: of the modules in this folder, then those of installed distributions."""
-    own = module_names(__path__)
-    return [*own, *(name for name in registered_names(METHODS) if name not in own)]
+    built_in = module_names(__path__)
+    return [*built_in, *(name for name in registered_names(METHODS) if name not in built_in)]
 
 
 def method_class(name: str) -> type[Adapter]:

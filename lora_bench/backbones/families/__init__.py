@@ -25,8 +25,8 @@ __all__ = ["build_model", "family_class", "family_names", "family_of_type"]
 
 def family_names() -> list[str]:
     """Return the names of the families: of the modules in this folder, then those of installed distributions."""
-    own = module_names(__path__)
-    return [*own, *(name for name in registered_names(BACKBONES) if name not in own)]
+    built_in = module_names(__path__)
+    return [*built_in, *(name for name in registered_names(BACKBONES) if name not in built_in)]
 
 
 def family_class(name: str) -> type[Family]:
