@@ -77,7 +77,7 @@ class Scale:
     ranks: str = "1,2,4,8,16,32,64,128"
     upper_layers: str = "top:4"
     main_model: str = "minilm"
-    backbones: tuple[str, ...] = ("roberta_mini", "t5_mini", "minilm")
+    backbones: tuple[str, ...] = ("t5_mini", "roberta_mini", "minilm")
     targets: tuple[tuple[str, str], ...] = (("minilm", "methods"), ("roberta_mini", "backbones/roberta_mini"))
     """The backbones of the stage `target`, each with the stage that chose its learning rates."""
     divisor: int = 1
