@@ -79,13 +79,22 @@ class Head:
     pair_features: bool | None
     """Add products and differences of the two texts' mean token vectors to the logits, of a single text the vector
     itself; null: if the model can tell the texts apart."""
+    differences: str | None
+    """Differences among the pair features: `absolute`, which do not depend on the order of the texts, or `signed`;
+    null: signed if `data.relation` is entailment."""
     fit_batches: int
     """Training batches that the output layer, pair features included, is fitted to before the first step, with the
     backbone as it is; 0: it starts at random."""
 
     def __post_init__(self) -> None:
-        """Refuse a negative number of batches."""
+        """Refuse a negative number of batches, and an unknown kind of differences."""
         require_number("fit_batches", self.fit_batches, 0)
+        if self.differences is not None:
+            require_one_of("differences", self.differences, ("absolute", "signed"))
+
+    def has_signed_differences(self, data: Data) -> bool:
+        """Return whether pair features of a task have signed differences: `differences`, or what null stands for."""
+        return (self.differences or ("signed" if data.relation == DIRECTED else "absolute")) == "signed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +248,7 @@ TASK_TYPES = ("classification", "regression")
 RELATIONS = ("paraphrase", "entailment", "similarity", "form")
 """Values of `data.relation`."""
 SYMMETRIC = ("paraphrase", "similarity")
+DIRECTED = "entailment"
 """Relations whose label is the same for both orders of the two texts."""
 
 TRUNCATIONS = ("longest_first", "first", "second", "middle")

@@ -4,7 +4,8 @@
     s = w · [D · u ⊙ v, √D · |u − v|] + b        added to the logit of label 1, taken from that of label 0
 
 With more classes each has its own w and b, and s is added to its logit; with a number to predict, s is added to it.
-A single text has no second vector: u itself, signed, takes the place of |u − v|.
+A label that depends on the order of the texts, such as entailment, has u − v in place of |u − v|. A single text has no
+second vector: u itself takes that place.
 
 Product and difference are the features of Conneau et al. 2017 (arXiv 1705.02364, section 3.1.1) and of Sentence-BERT
 (Reimers and Gurevych 2019, arXiv 1908.10084); the factors give all of them a size of about 1, whatever D. They are
@@ -33,11 +34,12 @@ class PairFeatures(nn.Module):
         hidden_size: D.
         device: of the backbone.
         outputs: C, the number of logits.
+        signed: the differences are u − v, not |u − v|.
     """
 
-    def __init__(self, hidden_size: int, device: torch.device, outputs: int = 2) -> None:
+    def __init__(self, hidden_size: int, device: torch.device, outputs: int = 2, *, signed: bool = False) -> None:
         super().__init__()
-        self.outputs = outputs
+        self.outputs, self.signed = outputs, signed
         shape = (2 * hidden_size,) if outputs <= 2 else (outputs, 2 * hidden_size)
         self.weight = nn.Parameter(torch.zeros(shape, device=device))
         self.bias = nn.Parameter(torch.zeros(outputs if outputs > 2 else 1, device=device))
@@ -70,16 +72,17 @@ class PairFeatures(nn.Module):
         self.bias.fill_(intercept / scale)
 
 
-def compute_pair_features(hidden: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def compute_pair_features(hidden: Tensor, first: Tensor, second: Tensor, *, signed: bool = False) -> Tensor:
     """Return features (N, 2 D) in fp32, from hidden states (N, T, D) and the two texts' token masks, (N, T) each.
 
-    The D products come first, then the D differences; without a second text, zeros and then the first one's vector. A
-    text without tokens has the mean 0.
+    The D products come first, then the D differences, absolute or `signed`; without a second text, zeros and then the
+    first one's vector. A text without tokens has the mean 0.
     """
     u, v = (F.normalize(_mean(hidden.float(), tokens), dim=-1) for tokens in (first, second))  # (N, D) each
     D = hidden.shape[-1]
     has_second = second.bool().any(1, keepdim=True)  # (N, 1)
-    return torch.cat([D * u * v, D**0.5 * torch.where(has_second, (u - v).abs(), u)], -1)
+    differences = u - v if signed else (u - v).abs()
+    return torch.cat([D * u * v, D**0.5 * torch.where(has_second, differences, u)], -1)
 
 
 def _mean(hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from lora_bench.config.canonical import normalise_numbers
 from lora_bench.config.groups import choices, conf_folder
 from lora_bench.config.keys import flatten, key_of, with_present_names
 from lora_bench.config.removed import REMOVAL, REMOVED_CHOICES, REMOVED_GROUPS, REMOVED_KEYS, removed_settings
+from lora_bench.config.schema import DIRECTED
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
 from lora_bench.records.run_folder import CONFIG_FILE, RECORD_FILE, is_prompted
@@ -57,7 +58,7 @@ def fill_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
         config["data"] = _with_relation(config["data"])
     if isinstance(config.get("tasks"), dict):
         config["tasks"] = {name: _fill_task(name, node) for name, node in config["tasks"].items()}
-    config = _with_form(_without_pair_features_of_t5(config))
+    config = _with_form(_with_head(config))
     options = {
         group: _find_option(group, record["choices"].get(group), record["config"].get(group), option)
         for group, option in default_options.items()
@@ -130,18 +131,22 @@ def _with_form(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"model": model | BEFORE_TEMPLATES}
 
 
-def _without_pair_features_of_t5(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the recorded config of a T5 without pair features if it is older than `head.fit_batches`.
+def _with_head(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a recorded config whose head has the pair features that null stood for when the run started.
 
-    Such a model had none then, so `head.pair_features=null` meant false.
+    Differences were absolute for every task before there was `head.differences`. A T5 had no pair features before
+    there was `head.fit_batches`.
     """
     model, head = config.get("model"), config.get("head")
     if not isinstance(model, dict) or not isinstance(head, dict):
         return config
-    is_unset = head.get("pair_features", False) is None
-    if model.get("family") == "t5" and is_unset and "fit_batches" not in head:
-        return config | {"head": head | {"pair_features": False}}
-    return config
+    tasks = config.get("tasks")
+    data = [config.get("data"), *(tasks.values() if isinstance(tasks, dict) else ())]
+    if any(isinstance(of_task, dict) and of_task.get("relation") == DIRECTED for of_task in data):
+        head = {"differences": "absolute"} | head
+    if model.get("family") == "t5" and head.get("pair_features", False) is None and "fit_batches" not in head:
+        head = head | {"pair_features": False}
+    return config | {"head": head}
 
 
 def _with_relation(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,7 +93,8 @@ class Experiment:
             saved_ranks: by module, if saved tensors will be loaded; a list has the rank of each member.
         """
         members = []
-        of_tasks = [single.data.outputs for single in self.by_task.values()]
+        data = [single.data for single in self.by_task.values()]
+        of_tasks = [of_task.outputs for of_task in data]
         for i in range(self.size):
             offset = 0 if self.has_adapter_per_task else i * SEEDS_APART
             seeds = dict.fromkeys(self.ensemble.vary, self.seed + offset)
@@ -102,7 +103,9 @@ class Experiment:
                 ranks = {name: rank[i] if isinstance(rank, list) else rank for name, rank in saved_ranks.items()}
             outputs = of_tasks[i : i + 1] if self.has_adapter_per_task else of_tasks
             head = self.head
-            members.append(Member(self.adapter, self.seed, ranks, seeds, outputs, head.pair_features, head.fit_batches))
+            signed = head.has_signed_differences(data[i if self.has_adapter_per_task else 0])
+            head_settings = (head.pair_features, signed, head.fit_batches)
+            members.append(Member(self.adapter, self.seed, ranks, seeds, outputs, *head_settings))
         return members
 
     @property

@@ -70,6 +70,9 @@ class WarmStart:
         if not experiment.tasks:
             (task,) = inputs.tasks.values()
             with_head = (source.data.type, source.data.label_names) == (task.data.type, task.data.label_names)
+            if experiment.head.pair_features is not False:
+                signed = source.head.has_signed_differences(source.data)
+                with_head &= signed == experiment.head.has_signed_differences(task.data)
         return cls(finished, folder, source.data.label_names, with_head)
 
     def load_into(self, pack: Pack, members: Sequence[int]) -> None:

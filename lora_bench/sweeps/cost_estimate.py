@@ -16,7 +16,6 @@ from rich import box
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_bench.adapters.pack.member import Member
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.config.canonical import settings_hash
 from lora_bench.console.format import format_duration, format_number
@@ -136,8 +135,7 @@ def estimate_run(experiment: Experiment, inputs: SharedInputs | None = None) -> 
     inputs = inputs or SharedInputs.load(experiment)
     (task,) = inputs.tasks.values()
     reset_peak_memory(inputs.backbone.device)
-    head, outputs = experiment.head, [task.data.outputs]
-    member = Member(experiment.adapter, experiment.seed, None, {}, outputs, head.pair_features, head.fit_batches)
+    (member, *_) = experiment.with_data([task.data]).members()
     pack = Pack(inputs.backbone, [member])
     try:
         began = time.perf_counter()

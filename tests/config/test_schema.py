@@ -249,6 +249,7 @@ RANGES = [
     ("trainer", "sharding", ["none", "fsdp"], ["ddp", True, None]),
     ("head", "pair_features", [True, False, None], ["yes please"]),
     ("head", "fit_batches", [0, 32], [-1, 0.5]),
+    ("head", "differences", ["absolute", "signed", None], ["both"]),
     ("adapter", "weight_decay_B", [None, 0, 100.0], [-1, math.inf]),
     ("ensemble", "members", [None, 2, 5], [1, 0, 101]),
     ("ensemble", "vary", [["init"], ["order", "dropout"]], [[], ["luck"]]),

@@ -22,10 +22,12 @@ from lora_bench.data.tokenization import tokenize
 from lora_bench.errors import Code
 from lora_bench.head.pair_features import RIDGE, PairFeatures, compute_pair_features, fit_logistic_regression
 from lora_bench.run.finished_run import FinishedRun
+from lora_bench.run.settings import Experiment
 from tests.adapters.tools import adapter
 from tests.backbones.test_decoders import config_of
 from tests.backbones.tools import END, byte_tokenizer, enliven, save, tiny_distilbert
 from tests.command_line import lora_bench, refused, toy_run
+from tests.helpers import composed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +41,11 @@ def test_features_are_those_of_two_mean_vectors_at_length_one() -> None:
     assert compute_pair_features(hidden, first, second).tolist()[0] == pytest.approx([0, 0, 2**0.5, 2**0.5])
     same = compute_pair_features(hidden, first, first)[0]
     assert same.tolist() == pytest.approx([2, 0, 0, 0])  # D · u ⊙ u, and no difference
+    signed = [compute_pair_features(hidden, *texts, signed=True)[0] for texts in ((first, second), (second, first))]
+    assert [row.tolist() for row in signed] == [
+        pytest.approx([0, 0, 2**0.5, -(2**0.5)]),
+        pytest.approx([0, 0, -(2**0.5), 2**0.5]),
+    ]
     single = compute_pair_features(-hidden, first, 0 * second)[0]
     assert single.tolist() == pytest.approx([0, 0, -(2**0.5), 0])  # √D · u, signed
     assert torch.isfinite(compute_pair_features(hidden, 0 * first, second)).all()  # a text without tokens
@@ -169,6 +176,42 @@ def test_any_model_takes_it_and_is_put_together_again(in_tmp: Path, kind: str) -
         features.weight.zero_()
         features.bias.zero_()
         torch.testing.assert_close(run.pack(batch)[0] + added, logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "signed"),
+    [
+        (["data.relation=entailment"], True),
+        (["data.relation=paraphrase"], False),
+        (["data.relation=null"], False),
+        (["data.relation=entailment", "head.differences=absolute"], False),
+        (["head.differences=signed"], True),
+    ],
+)
+def test_differences_are_signed_where_the_order_counts(settings: list[str], signed: bool) -> None:
+    config = composed("model=tiny_bert", "data=toy", "head.pair_features=true", *settings)
+    (member,) = Experiment.build(config).members()
+    assert member.signed_differences is signed
+
+
+def test_members_with_signed_and_absolute_differences_are_independent(backbone: Callable[..., Any]) -> None:
+    """In a pack each has its own differences; those of the signed one change with the order of the texts."""
+    members = [Member(adapter("lora"), 0, pair_features=True, signed_differences=signed) for signed in (False, True)]
+    pack = Pack(backbone("tiny_bert"), members)
+    for features in pack.pair_features.values():
+        features.weight.data[32:] = torch.linspace(-1, 1, 32)
+    pairs = [("what is it", "why"), ("why", "what is it")]
+    read = pack.backbone.tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
+    batch = Batch(read["input_ids"], read["attention_mask"], read.get("token_type_ids"), None, full=False)
+    with torch.no_grad():
+        together = pack(batch)  # (2, 2, 2)
+        for k in (0, 1):
+            with pack.only([k]):
+                torch.testing.assert_close(pack(batch)[0], together[k])
+            pack.pair_features[str(k)].weight.zero_()
+        added = together - pack(batch)
+    order_effect = (added[:, 0, 1] - added[:, 1, 1]).abs()
+    assert order_effect[1] > 5 * order_effect[0]
 
 
 @pytest.mark.parametrize("model", ["tiny_t5", "tiny_bert"])

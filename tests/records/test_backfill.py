@@ -78,6 +78,14 @@ def test_an_older_t5_has_no_pair_features() -> None:
     assert fill_defaults(record)["head"]["pair_features"] is False
 
 
+@pytest.mark.parametrize(("data", "differences"), [("mnli", "absolute"), ("qqp", None)])
+def test_differences_of_an_older_run_are_absolute(data: str, differences: str | None) -> None:
+    record = record_of(f"data={data}", "head.pair_features=true", data=data)
+    assert fill_defaults(record)["head"]["differences"] is None
+    del record["config"]["head"]["differences"]
+    assert fill_defaults(record)["head"]["differences"] == differences
+
+
 def test_a_choice_of_the_user_s_has_the_defaults_of_its_kind() -> None:
     record = record_of("adapter=adalora", adapter="mine", model="mine", data="mine")
     del record["config"]["adapter"]["beta1"], record["config"]["model"]["revision"], record["config"]["data"]["unseen"]

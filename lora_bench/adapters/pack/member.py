@@ -29,6 +29,8 @@ class Member:
     one head with the outputs of the backbone's own."""
     pair_features: bool | None = False
     """Add pair features to the logits; None: if the backbone can tell the two texts apart."""
+    signed_differences: bool = False
+    """The pair features' differences depend on the order of the texts."""
     fit_batches: int = 0
     """Training batches that the output layer is fitted to before the first step; 0: it starts at random."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -282,11 +282,15 @@ class Pack(PackState):
 
     def _add_pair_features(self, logits: Tensor, states: Tensor, batch: Batch, members: list[int]) -> Tensor:
         """Return the logits (K, B, C) with the pair features' part added, for the members that have them."""
-        features = compute_pair_features(states, *self.backbone.text_masks(batch))  # (K·B, 2 D)
-        features = features.view(*logits.shape[:2], -1)  # (K, B, 2 D)
+        by_number: dict[str, Any] = dict(self.pair_features.items())
+        modules = {i: by_number[str(k)] for i, k in enumerate(members) if str(k) in by_number}
+        masks, features = self.backbone.text_masks(batch), {}
+        for signed in {module.signed for module in modules.values()}:
+            rows = compute_pair_features(states, *masks, signed=signed)  # (K·B, 2 D)
+            features[signed] = rows.view(*logits.shape[:2], -1)  # (K, B, 2 D)
         sums = [
-            of_member + self.pair_features[str(k)](rows) if str(k) in self.pair_features else of_member  # (B, C)
-            for k, of_member, rows in zip(members, logits, features, strict=True)
+            of_member + modules[i](features[modules[i].signed][i]) if i in modules else of_member  # (B, C)
+            for i, of_member in enumerate(logits)
         ]
         return torch.stack(sums)  # (K, B, C)
 

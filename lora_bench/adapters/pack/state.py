@@ -58,7 +58,12 @@ class PackState(nn.Module):
         """Ranks by module that each member's updates were built with; None where its method's settings gave them."""
         self.pair_features = nn.ModuleDict(
             {
-                str(k): PairFeatures(backbone.hidden_size, backbone.device, head_outputs(member, backbone)[0])
+                str(k): PairFeatures(
+                    backbone.hidden_size,
+                    backbone.device,
+                    head_outputs(member, backbone)[0],
+                    signed=member.signed_differences,
+                )
                 for k, member in enumerate(members)
                 if _has_pair_features(member, backbone)
             }
