@@ -308,9 +308,7 @@ def test_killed_and_run_again_asks_nothing_twice_that_was_answered(in_tmp: Path)
     assert (cost["cached"], cost["requests"]) == (50, 150)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.matrix)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_waits_for_what_is_under_way(in_tmp: Path, number: signal.Signals, code: int) -> None:
     held = Held(10)
     with Server(held) as server:

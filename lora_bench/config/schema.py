@@ -248,8 +248,9 @@ TASK_TYPES = ("classification", "regression")
 RELATIONS = ("paraphrase", "entailment", "similarity", "form")
 """Values of `data.relation`."""
 SYMMETRIC = ("paraphrase", "similarity")
-DIRECTED = "entailment"
 """Relations whose label is the same for both orders of the two texts."""
+DIRECTED = "entailment"
+"""The relation of which it is known that the label depends on the order of the two texts."""
 
 TRUNCATIONS = ("longest_first", "first", "second", "middle")
 """Values of `data.truncation`."""

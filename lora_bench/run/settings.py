@@ -104,8 +104,9 @@ class Experiment:
             outputs = of_tasks[i : i + 1] if self.has_adapter_per_task else of_tasks
             head = self.head
             signed = head.has_signed_differences(data[i if self.has_adapter_per_task else 0])
-            head_settings = (head.pair_features, signed, head.fit_batches)
-            members.append(Member(self.adapter, self.seed, ranks, seeds, outputs, *head_settings))
+            members.append(
+                Member(self.adapter, self.seed, ranks, seeds, outputs, head.pair_features, signed, head.fit_batches)
+            )
         return members
 
     @property

@@ -27,9 +27,8 @@ class WarmStart:
     finished: FinishedRecord
     source: str
     """Its folder or its repository, as in `adapter.init_from`."""
-    label_names: list[str] | None
-    with_head: bool
-    """True if the head is initialised too: both runs learn one task, with the same label names."""
+    head_difference: str | None
+    """How the head there differs, as a clause; None: the head is initialised too."""
 
     @property
     def folder(self) -> Path:
@@ -66,31 +65,38 @@ class WarmStart:
             remedy = f"The backbone of this run has hash {sha256[:12]}…, the record names {recorded[:12]}…."
             raise refusal("was trained on another backbone", remedy)
         refuse_other_tokenizer(finished.record["environment"], inputs.backbone.tokenizer_identity, refusal)
-        with_head = False
-        if not experiment.tasks:
-            (task,) = inputs.tasks.values()
-            with_head = (source.data.type, source.data.label_names) == (task.data.type, task.data.label_names)
-            if experiment.head.pair_features is not False:
-                signed = source.head.has_signed_differences(source.data)
-                with_head &= signed == experiment.head.has_signed_differences(task.data)
-        return cls(finished, folder, source.data.label_names, with_head)
+        return cls(finished, folder, _head_difference(experiment, source, inputs))
 
     def load_into(self, pack: Pack, members: Sequence[int]) -> None:
-        """Copy the finished run's tensors into these members, which have its ranks; without `with_head` the heads stay.
+        """Copy the finished run's tensors into these members, which have its ranks; a head that differs stays.
 
         Raises:
             UserError: a file is damaged, or its tensors do not fit.
         """
         for k, folder in zip(members, run_folder.adapter_folders(self.folder, len(members)), strict=True):
-            files.load(folder, pack, k, with_head=self.with_head)
+            files.load(folder, pack, k, with_head=self.head_difference is None)
             self.finished.check_weights(folder)
 
     def note(self) -> str:
         """Return a note for the user on what is initialised."""
-        if self.with_head:
+        if self.head_difference is None:
             return f"adapter and head are initialised from {self.source}."
-        labels = ", ".join(self.label_names[:20]) if self.label_names else "numbers"
-        return f"the adapter is initialised from {self.source}; the head is not, as its labels there are {labels}."
+        return f"the adapter is initialised from {self.source}; the head is not, as {self.head_difference}."
+
+
+def _head_difference(experiment: Experiment, source: Experiment, inputs: SharedInputs) -> str | None:
+    """Return how the source's head differs from this run's, as a clause; None if both learn one task in one form."""
+    names = source.data.label_names
+    labels = f"its labels there are {', '.join(names[:20]) if names else 'numbers'}"
+    if experiment.tasks:
+        return labels
+    (task,) = inputs.tasks.values()
+    if (source.data.type, names) != (task.data.type, task.data.label_names):
+        return labels
+    signed = source.head.has_signed_differences(source.data)
+    if experiment.head.pair_features is False or signed == experiment.head.has_signed_differences(task.data):
+        return None
+    return f"its pair features there have {'signed' if signed else 'absolute'} differences"
 
 
 def _shared_settings(experiment: Experiment, source: Experiment) -> list[tuple[str, Any, Any]]:

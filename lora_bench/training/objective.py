@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lora_bench.config.schema import DIRECTED
 from lora_bench.errors import Code, UserError
 from lora_bench.head.loss import label_loss
 
@@ -107,10 +108,10 @@ def order_note(trainer: Trainer, relation: str | None) -> str | None:
     """
     settings = [f"trainer.objective={trainer.objective}"] if trainer.objective in REVERSING_OBJECTIVES else []
     settings += ["trainer.score_both_orders=true"] if trainer.score_both_orders else []
-    if relation != "entailment" or not settings:
+    if relation != DIRECTED or not settings:
         return None
     verb = "reads" if len(settings) == 1 else "read"
-    return f"{' and '.join(settings)} {verb} pairs in both orders, and data.relation=entailment holds in one of them."
+    return f"{' and '.join(settings)} {verb} pairs in both orders, and data.relation={DIRECTED} holds in one of them."
 
 
 def consistency(

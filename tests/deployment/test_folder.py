@@ -115,7 +115,6 @@ def test_t5_text_to_text_with_pair_features(tmp_path: Path) -> None:
     assert "qqp question1: " in json.loads((exported.folder / "scoring.json").read_text())["template"]
 
 
-@pytest.mark.matrix
 def test_a_decoder_in_words_with_pair_features(tmp_path: Path) -> None:
     """Whole words are scored, the rows of a fused linear are adapted, and truncation keeps the template.
 
@@ -134,7 +133,6 @@ def test_a_decoder_in_words_with_pair_features(tmp_path: Path) -> None:
     check_scores(export(run, "torch", [*PAIRS, LONG_PAIR, (f"a{END}", END)]))
 
 
-@pytest.mark.matrix
 def test_texts_longer_than_a_decoders_sliding_window(tmp_path: Path) -> None:
     """Whole words are computed one after another, as their tree would need a mask of its own."""
     tokenizer = byte_tokenizer(eos_token=END)
@@ -149,7 +147,6 @@ def test_texts_longer_than_a_decoders_sliding_window(tmp_path: Path) -> None:
     check_scores(export(run, "torch", [*PAIRS[:3], LONG_PAIR, ("a", "b")]))
 
 
-@pytest.mark.matrix
 def test_numbers_of_both_orders_of_a_generic_encoder_with_pair_features(tmp_path: Path) -> None:
     """The layer below the cut is computed too."""
     model = tiny_distilbert(tmp_path / "model")

@@ -80,6 +80,23 @@ def test_a_head_for_other_labels_begins_anew(source: Path, in_tmp: Path) -> None
         assert (tensor - expected[name]).abs().max() < 1e-6, name
 
 
+def test_a_head_with_other_differences_begins_anew(in_tmp: Path) -> None:
+    """The labels are the same, so the note does not name them."""
+    features = ["head.pair_features=true", "trainer.max_steps=1"]
+    train("first", *features, "data.relation=entailment")
+    answer = lora_bench(
+        "train", *ASKED, *features, "adapter.init_from=first", "head.differences=absolute", "hydra.run.dir=second"
+    )
+    assert answer.code == 0, answer
+    assert "the head is not" in answer.out
+    assert "signed differences" in answer.out
+    assert "not_duplicate, duplicate." not in answer.out
+    train("third", *features, "adapter.init_from=first", "head.differences=signed", *STILL[:1])
+    assert (
+        tensors("third")["base_model.model.matching.weight"] - tensors("first")["base_model.model.matching.weight"]
+    ).abs().max() < 1e-6
+
+
 def test_it_learns_on_and_can_be_gone_on_with_when_the_other_is_gone(
     source: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,7 @@ def test_transforms_by_level_and_label_rule() -> None:
 
 
 @every_transform
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(texts=PAIR, seed=st.integers(0, 2**32), intensity=INTENSITY)
 def test_any_text_is_transformed_reproducibly_and_stays_non_empty(
     transform: Transform, texts: tuple[str, str], seed: int, intensity: float
@@ -68,7 +68,7 @@ def test_scripts_without_capitals_are_unchanged(transform: Transform) -> None:
 
 
 @every_transform
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(texts=PAIR, intensity=INTENSITY)
 def test_combining_marks_stay_on_their_letters(transform: Transform, texts: tuple[str, str], intensity: float) -> None:
     def marked(pair: tuple[str, ...]) -> list[str]:
@@ -84,7 +84,7 @@ def test_combining_marks_stay_on_their_letters(transform: Transform, texts: tupl
 
 
 @every_transform
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(texts=PAIR, seed=st.integers(0, 99), other_seed=st.integers(0, 99))
 def test_idempotent_and_deterministic_transforms(
     transform: Transform, texts: tuple[str, str], seed: int, other_seed: int
@@ -97,7 +97,7 @@ def test_idempotent_and_deterministic_transforms(
 
 
 @every_transform
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(rows=st.lists(st.tuples(TEXT, TEXT, st.integers(0, 1)), min_size=1, max_size=6), seed=st.integers(0, 9))
 def test_perturbed_rows_keep_their_ids_and_labels_follow_the_rule(
     transform: Transform, rows: list[tuple[str, str, int]], seed: int
