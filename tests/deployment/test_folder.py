@@ -133,6 +133,7 @@ def test_a_decoder_in_words_with_pair_features(tmp_path: Path) -> None:
     check_scores(export(run, "torch", [*PAIRS, LONG_PAIR, (f"a{END}", END)]))
 
 
+@pytest.mark.matrix
 def test_texts_longer_than_a_decoders_sliding_window(tmp_path: Path) -> None:
     """Whole words are computed one after another, as their tree would need a mask of its own."""
     tokenizer = byte_tokenizer(eos_token=END)

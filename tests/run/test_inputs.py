@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.mark.parametrize("labels", [("[no, yes]", "[different, same]"), ("[no, yes]", "[no, same]")])
+@pytest.mark.parametrize(
+    "labels",
+    [pytest.param(("[no, yes]", "[different, same]"), marks=pytest.mark.matrix), ("[no, yes]", "[no, same]")],
+)
 def test_a_text_to_text_model_answers_each_task_with_its_own_words(in_tmp: Path, labels: tuple[str, str]) -> None:
     (in_tmp / "conf/data").mkdir(parents=True)
     for name, label_names in zip(("one", "two"), labels, strict=True):

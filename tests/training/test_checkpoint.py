@@ -133,8 +133,20 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("killed", "average"), [(5, 0.9), (6, 0.0), (11, 0.9)])
-@pytest.mark.parametrize("case", CASES)
+MOMENTS = ((5, 0.9), (6, 0.0), (11, 0.9))
+"""The step before which a training is killed, and its weight average."""
+OFTEN = ("lora", "pack")
+"""Cases that are killed at every moment; the others are so in the matrix alone."""
+
+
+def marks(case: str, moment: tuple[int, float]) -> list[pytest.MarkDecorator]:
+    return [] if case in OFTEN or moment == MOMENTS[-1] else [pytest.mark.matrix]
+
+
+@pytest.mark.parametrize(
+    ("case", "killed", "average"),
+    [pytest.param(case, *moment, marks=marks(case, moment)) for case in CASES for moment in MOMENTS],
+)
 def test_training_goes_on_bit_for_bit(case: str, killed: int, average: float, tmp_path: Path) -> None:
     settings = trainer(14, eval_every=3, checkpoint_every=2, average=average)
 

@@ -83,7 +83,14 @@ def train_with_lora_bench(a_pack: Pack) -> tuple[list[float], Iterator[Batch]]:
 
 
 @pytest.mark.parametrize(
-    ("form", "method"), [("bert", "dora"), ("bert", "rslora"), ("roberta", "lora"), ("t5", "lora"), ("t5", "dora")]
+    ("form", "method"),
+    [
+        ("bert", "dora"),
+        ("roberta", "lora"),
+        ("t5", "lora"),
+        pytest.param("bert", "rslora", marks=pytest.mark.matrix),
+        pytest.param("t5", "dora", marks=pytest.mark.matrix),
+    ],
 )
 def test_an_adapter(form: str, method: str, folders: dict[str, Path], tmp_path: Path) -> None:
     a_pack = pack(form, (adapter(method, "rank=3"), 0), backbone=on_folder(form, folders[form]))
