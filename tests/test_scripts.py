@@ -187,7 +187,11 @@ def test_the_methods_of_peft_are_compared_and_kept_once(
     capsys.readouterr()
     assert script(monkeypatch, name, *arguments, "--table") == 0
     assert before == {path: path.stat().st_mtime_ns for path in Path().rglob("run.json")}
-    assert "| peft_ia3" in capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[0][5:] == ["against lora", "p", "verdict"]
+    verdicts = {row[0]: row[-1] for row in rows[2:]}
+    assert verdicts["`lora`"] == "baseline"
+    assert verdicts.keys() == {"`lora`", "`peft_ia3`"}
 
 
 def test_methods_are_compared_on_a_task_once(
