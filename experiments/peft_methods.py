@@ -51,6 +51,7 @@ STAGES: dict[str, dict[str, list[str]]] = {
         "bitfit": [],
         "vera": [],
         "peft_lora": [],
+        "pissa": [],
     },
     "products": {
         "peft_loha": ["adapter.rank=4"],
