@@ -104,12 +104,12 @@ def format_table(records: Path) -> str:
     """Return the kept methods as a table in Markdown, with the verdicts of the baselines among them."""
     baselines = [method for method in BASELINES if is_kept(records / method, SEEDS)]
     compared = {baseline: compare(records, baseline=baseline).set_index("adapter") for baseline in baselines}
-    methods = next(iter(compared.values()), compare(records).set_index("adapter")).sort_values("mcc", ascending=False)
+    methods = next(iter(compared.values())) if compared else compare(records).set_index("adapter")
     rates = {record["choices"]["adapter"]: record["config"]["optimizer"]["lr"] for _, record in find_runs([records])[0]}
     against = " | ".join(f"against {baseline} | p | verdict" for baseline in baselines)
     lines = [f"| adapter | learning rate | parameters | TFLOP | MCC | {against} |"]
     lines.append("| --- | ---: | ---: | ---: | ---: |" + " ---: | ---: | --- |" * len(baselines))
-    for method, row in methods.iterrows():
+    for method, row in methods.sort_values("mcc", ascending=False).iterrows():
         cells = [f"`{method}`", f"{rates[method]:g}", f"{row['params.adapter']:,}"]
         cells += [f"{row['cost.train_flops'] / 1e12:.1f}", f"{row['mcc']:.3f} ± {row['mcc_std']:.3f}"]
         for frame in compared.values():
