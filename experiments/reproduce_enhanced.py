@@ -15,8 +15,8 @@ the whole protocol takes minutes: random networks, generated pairs. All stages r
                 `methods` chose
     target      these three, full fine-tuning with the recipe, and the enhanced method on the upper four layers in one
                 epoch, on MiniLM and roberta_mini; 8,000 pairs, otherwise 2 epochs, seeds 0-4, an evaluation every 25
-                steps: the cost of reaching the final selection MCC of full fine-tuning. At the learning rates of
-                `methods`, and of `backbones`
+                steps: the cost of reaching the final selection MCC of full fine-tuning. At the learning rates that
+                `backbones` chose
     robust      the runs of `methods` of these three on PAWS-QQP, on the strict subset of validation (n_q_in_train is
                 0), and on validation perturbed
     ablation    sweep=ablation: each part turned off in turn, 8,000 pairs, 2 epochs, seeds 0-4
@@ -78,7 +78,7 @@ class Scale:
     upper_layers: str = "top:4"
     main_model: str = "minilm"
     backbones: tuple[str, ...] = ("t5_mini", "roberta_mini", "minilm")
-    targets: tuple[tuple[str, str], ...] = (("minilm", "methods"), ("roberta_mini", "backbones/roberta_mini"))
+    targets: tuple[tuple[str, str], ...] = (("minilm", "backbones/minilm"), ("roberta_mini", "backbones/roberta_mini"))
     """The backbones of the stage `target`, each with the stage that chose its learning rates."""
     divisor: int = 1
     """Numbers of pairs are divided by it."""
