@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
@@ -213,6 +215,26 @@ def test_methods_are_compared_on_a_task_once(
     first, other = (float(cell.split(" ± ")[0]) for cell in rows[2][1:])
     assert rows[-1][0] == "adapter=bitfit"
     assert float(rows[-1][1]) == pytest.approx(first - other, abs=0.11)
+
+
+def test_the_readmes_table_has_recorded_values_within_intervals_of_the_pairs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The interval of one run is as wide as the normal approximation says; the prompted model has one run."""
+    assert script(monkeypatch, "experiments/paper_table.py") == 0
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = {
+        tuple(line[:2]): [[float(x) for x in re.findall(r"-?[0-9.]+", cell)] for cell in line[2:5]] for line in lines
+    }
+    assert len(rows) == len(lines) >= 3
+    recorded = [_read(path) for path in (ROOT / "experiments/records/decoders/words/lora").rglob("run.json")]
+    for name, (value, low, high) in zip(
+        ("accuracy", "f1", "mcc"), rows["Gemma 3 (270 M)", "LoRA, one epoch"], strict=True
+    ):
+        assert value == pytest.approx(fmean(run["metrics"][f"validation/{name}"] for run in recorded), abs=6e-4)
+        assert low < value < high
+    accuracy, low, high = rows["Gemma 3 (270 M)", "four-shot prompt"][0]
+    assert (high - low) / 2 == pytest.approx(1.96 * (accuracy * (1 - accuracy) / 300) ** 0.5, abs=0.004)
 
 
 def test_a_search_is_compared_with_a_grid_once(

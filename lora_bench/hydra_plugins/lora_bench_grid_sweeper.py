@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import flatten, key_of
 from lora_bench.config.multitask import compose_tasks
-from lora_bench.console.stages import current_console, importing_libraries, show_progress, stage
+from lora_bench.console.stages import Stage, current_console, importing_libraries, show_progress, stage
 from lora_bench.console.sweep_progress import SweepProgress
 from lora_bench.console.text import sanitise, stdout_console
 from lora_bench.errors import Code, RunFailedError, SweepFailedError, UserError, quoted, shell_argument
@@ -311,11 +311,7 @@ class GridSweeper(BasicSweeper):
         if first == 0:
             console.print(f"{len(jobs)} job{'s' * (len(jobs) != 1)}: checking")
         with show_progress(console), stage("checking the jobs", total=len(jobs), unit="jobs") as progress:
-            for number, job in enumerate(jobs, first):
-                self._check_settings(number, job)  # of all jobs before the first one imports torch
-                progress.advance()
-            with importing_libraries():
-                checked = [self._check(number, job) for number, job in enumerate(jobs, first)]
+            checked = self._check_each(enumerate(jobs, first), progress)
         for (name, identity), job in zip(checked, jobs, strict=True):
             if sweep_folder.is_outside(name):
                 raise UserError("leads out of the sweep's folder", key=SUBDIR_KEY, value=name, code=Code.FORBIDDEN)
@@ -335,9 +331,16 @@ class GridSweeper(BasicSweeper):
             UserError: the config or a setting is wrong, or its data or model does not exist.
         """
         name, composed, settings = self._check_settings(number, job)
-        from lora_bench.run.settings import Experiment  # torch: late
+        return name, _identity(composed, settings)
 
-        return name, Experiment.build(composed, settings).identity
+    def _check_each(self, jobs: Iterable[tuple[int, list[str]]], progress: Stage) -> list[tuple[str, str]]:
+        """Check each of these jobs, with its number, as `_check` does; all are composed before torch is imported."""
+        checked = []
+        for number, job in jobs:
+            checked.append(self._check_settings(number, job))
+            progress.advance()
+        with importing_libraries():
+            return [(name, _identity(composed, settings)) for name, composed, settings in checked]
 
     def _check_settings(self, number: int, job: list[str]) -> tuple[str, DictConfig, Settings]:
         """Check what needs no torch of one job: all but the adapter and the metrics.
@@ -390,6 +393,13 @@ class GridSweeper(BasicSweeper):
         for _, row in groupby(enumerate(batch), lambda indexed: indexed[1] - indexed[0]):
             numbers = [number for _, number in row]
             yield from self.launcher.launch([batch[number] for number in numbers], initial_job_idx=numbers[0])
+
+
+def _identity(composed: DictConfig, settings: Settings) -> str:
+    """Return the identity of a job's run, after a check of its adapter and metrics."""
+    from lora_bench.run.settings import Experiment  # torch: late
+
+    return Experiment.build(composed, settings).identity
 
 
 def to_overrides(nested: Any) -> list[str]:

@@ -24,7 +24,7 @@ from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import key_of
 from lora_bench.config.schema import Packing, Search
 from lora_bench.console.format import format_number
-from lora_bench.console.stages import current_console, importing_libraries, show_progress, stage
+from lora_bench.console.stages import current_console, show_progress, stage
 from lora_bench.console.text import note, sanitise
 from lora_bench.errors import Code, DivergedError, RunFailedError, UserError, require
 from lora_bench.hydra_plugins.lora_bench_grid_sweeper import (
@@ -172,12 +172,7 @@ class SearchSweeper(GridSweeper):
         keys = ", ".join(dimension.key for dimension in self.space.dimensions)
         console.print(sanitise(f"search over {keys}: checking"))
         with show_progress(console), stage("checking the space", total=len(settings), unit="values") as progress:
-            for setting in settings:
-                self._check_settings(0, self._trial_job(setting))  # of all before the first one imports torch
-                progress.advance()
-            with importing_libraries():
-                for setting in settings:
-                    self._check(0, self._trial_job(setting))
+            self._check_each(((0, self._trial_job(setting)) for setting in settings), progress)
         for dimension in self.space.dimensions:
             if isinstance(dimension, Interval) and not dimension.is_log and dimension.high >= 30 * dimension.low > 0:
                 note(f"{dimension.key}: tag(log,interval(…)) tries small numbers as often as large ones")

@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Print the README's table on QQP: fine-tuned encoders, a decoder prompted and fine-tuned, LoRA, the enhanced method.
+
+    experiments/paper_table.py
+
+It reads the kept records of `experiments/reproduce_enhanced.py` (stage backbones) and `experiments/decoders.py`. All
+models are scored on the same pairs: the first 1,000 of validation, or the first 300, where the prompted model was
+scored. Values are means over the seeds. The interval (95 %) comes from resampling the pairs, the same for all seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_bench.evaluation.confusion import compute_metric
+from lora_bench.records import predictions, run_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+RECORDS = Path(__file__).parent / "records"
+MEASURES = ("accuracy", "f1", "mcc")
+RESAMPLES = 5000
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: the runs of one model and method."""
+
+    model: str
+    method: str
+    folder: str
+    """Of the runs, below the records."""
+    choices: str = ""
+    """Overrides of `experiment` and `adapter` that the runs have in common; empty: all runs of the folder."""
+    pairs: int = 1000
+
+    def read(self, records: Path) -> tuple[list[predictions.Predictions], list[dict[str, Any]]]:
+        """Return the predictions on the first pairs, and the record, of each run."""
+        found = run_folder.find_runs([records / self.folder])[0] if (records / self.folder).is_dir() else []
+        runs = [(run, record) for run, record in found if self.choices in ("", _choices(record))]
+        return [_first(predictions.read(run, "validation"), self.pairs) for run, _ in runs], [r for _, r in runs]
+
+
+MINILM, ROBERTA, T5 = (f"enhanced/backbones/{name}" for name in ("minilm", "roberta_mini", "t5_mini"))
+ROWS = (
+    Row("BERT type (MiniLM, 23 M)", "full fine-tuning", MINILM, "adapter=full"),
+    Row("RoBERTa type (30 M)", "full fine-tuning", ROBERTA, "adapter=full"),
+    Row("T5 type (24 M)", "full fine-tuning", T5, "adapter=full"),
+    Row("Gemma 3 (270 M)", "zero-shot prompt", "decoders/prompted/zero_shot", pairs=300),
+    Row("Gemma 3 (270 M)", "four-shot prompt", "decoders/prompted/few_shot", pairs=300),
+    Row("Gemma 3 (270 M)", "LoRA, one epoch", "decoders/words/lora"),
+    Row("MiniLM", "LoRA", MINILM, "adapter=lora"),
+    Row("MiniLM", "LoRA with the recipe", MINILM, "experiment=recipe adapter=lora"),
+    Row("MiniLM", "full with the recipe", MINILM, "experiment=recipe adapter=full"),
+    Row("MiniLM", "enhanced", MINILM, "experiment=enhanced"),
+    Row("RoBERTa type", "enhanced", ROBERTA, "experiment=enhanced"),
+    Row("T5 type", "enhanced", T5, "experiment=enhanced"),
+)
+
+
+def _choices(record: dict[str, Any]) -> str:
+    """Return the overrides of a run that name its method."""
+    return " ".join(text for text in record["overrides"] if text.startswith(("experiment=", "adapter=")))
+
+
+def _first(whole: predictions.Predictions, pairs: int) -> predictions.Predictions:
+    chosen = whole.ids < pairs
+    return predictions.Predictions(whole.ids[chosen], whole.labels[chosen], whole.scores[chosen])
+
+
+def interval(of_seeds: Sequence[predictions.Predictions], measure: str) -> tuple[float, float]:
+    """Return the bounds of the 95 % interval of a metric's mean over seeds, over resamples of the pairs.
+
+    Args:
+        of_seeds: predictions of the same pairs.
+        measure: accuracy, f1 or mcc.
+    """
+    pairs = len(of_seeds[0].ids)
+    draws = _draws(pairs)
+    values = np.mean([compute_metric(draws @ _cells(run), measure) for run in of_seeds], axis=0)  # (R,)
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@cache
+def _draws(pairs: int) -> NDArray[np.int64]:
+    """Return how often each pair is drawn in each resample: (R, N)."""
+    return np.random.default_rng(0).multinomial(pairs, np.full(pairs, 1 / pairs), size=RESAMPLES)
+
+
+def _cells(run: predictions.Predictions) -> NDArray[np.int64]:
+    """Return for each pair which cell it is counted in, of true and false positives, false and true negatives: (N, 4).
+
+    The order is that of `compute_metric`.
+    """
+    label, predicted = run.labels.astype(bool), run.predicted.astype(bool)
+    cells = [label & predicted, ~label & predicted, label & ~predicted, ~label & ~predicted]
+    return np.stack(cells, -1).astype(np.int64)
+
+
+def format_table(records: Path, rows: Sequence[Row] = ROWS) -> str:
+    """Return the table in Markdown; rows without kept records are left out."""
+    lines = ["| model | method | accuracy | F1 | MCC | trained | train TFLOP |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        runs, read = row.read(records)
+        if not runs:
+            continue
+        cells = [row.model, row.method]
+        for measure in MEASURES:
+            low, high = interval(runs, measure)
+            cells.append(f"{fmean(run.value(measure) for run in runs):.3f} ({low:.3f} to {high:.3f})")
+        if read[0]["params"]["trainable"] is None:  # prompted
+            cells += ["—", "—"]
+        else:
+            cells += [f"{read[0]['params']['trainable'] / 1e6:.1f} M"]
+            cells += [f"{fmean(record['cost']['train_flops'] for record in read) / 1e12:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the kept records")
+    print(format_table(parser.parse_args().records))
+
+
+if __name__ == "__main__":
+    main()
