@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare the enhanced method and its rivals on eight tasks, each at its tuned learning rate, in stages of one task.
+"""Compare the enhanced method and its rivals on eight tasks, each at its tuned learning rate.
 
     experiments/tuned_suite.py DATA OUTPUT [TASK …] [KEY=VALUE …] [--methods METHOD …]
     experiments/tuned_suite.py DATA OUTPUT --table
@@ -9,13 +9,13 @@ examples. The learning rate of each method is chosen from the same four values o
 2,000 examples, 3 epochs and seed 0. Then the method is trained with seeds 0, 1 and 2, and scored on the reported split.
 METHODS are the overrides of a method, such as "experiment=recipe adapter=lora".
 
-After each task the records of the reported runs are kept, without weights and texts, in experiments/records/tuned_suite
-(--records names another folder). A task whose runs are all there is not trained again. --table prints the means of the
-kept records, in points of 100 times the task's main metric, and how the first method differs from each other over the
-tasks (Wilcoxon's signed-rank test of the task means, two-sided).
+After each method of a task the records of its reported runs are kept, without weights and texts, in
+experiments/records/tuned_suite (--records names another folder); it is not trained again then. --table prints the means
+of the kept records, in points of 100 times the task's main metric, and how the first method differs from each other
+over the tasks (Wilcoxon's signed-rank test of the task means, two-sided).
 
-A task takes half an hour to an hour and a half on two cores that multiply bf16 fast (estimated, not measured). The
-splits are parts of the published ones, so the results cannot be compared with published results.
+A method of a task takes 10 to 20 minutes of one core that multiplies bf16 fast. The splits are parts of the published
+ones, so the results cannot be compared with published results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from kept_sweep import is_kept, run_kept
+from kept_sweep import run_kept
 
 from lora_bench.config.recorded_task import main_metric
 from lora_bench.records import run_folder
@@ -83,11 +83,15 @@ TASKS = {
 """Settings of each task."""
 
 
-def sweep_arguments(task: str, methods: Sequence[str], data: Path) -> list[str]:
-    """Return the arguments of the sweep of a task, without its folder."""
+def folder_name(method: str) -> str:
+    """Return the name of a method's folders: `recipe-lora` of "experiment=recipe adapter=lora"."""
+    return "-".join(text.partition("=")[2] for text in method.split())
+
+
+def sweep_arguments(task: str, method: str, data: Path) -> list[str]:
+    """Return the arguments of the sweep of a method on a task, without its folder."""
     tuning = "{seed: 0, data: {train_size: 2000, report: false}, trainer: {epochs: 3, eval_every: null}}"
-    variants = f"hydra.sweeper.variants=[{','.join(map(repr, methods))}]"
-    sweep = ["hydra/sweeper=tuned", f"++hydra.sweeper.tune={tuning}", variants]
+    sweep = ["hydra/sweeper=tuned", f"++hydra.sweeper.tune={tuning}", *method.split()]
     grid = [f"optimizer.lr={LEARNING_RATES}", f"seed={','.join(map(str, range(SEEDS)))}"]
     chosen = [*TASKS[task], f"data.path={data.resolve() / task}"]
     if "data=pairs" not in chosen:
@@ -112,15 +116,16 @@ def _reported(record: Mapping[str, Any]) -> float:
     return float(next(record["metrics"][name] for name in names if name in record["metrics"]))
 
 
-def format_tables(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+def format_tables(scores: Mapping[str, Mapping[str, Sequence[float]]], methods: Sequence[str]) -> str:
     """Return two tables in Markdown: the scores of each task, and the differences of the first method over the tasks.
 
     Args:
-        scores: by task, then by method, of each seed; the methods of the first task stand in the table.
+        scores: by task, then by method, of each seed; a method may be missing, but not the first one.
+        methods: in the order of the tables.
     """
     from scipy.stats import wilcoxon
 
-    first, *others = next(iter(scores.values()))
+    first, *others = methods
     lines = [f"| task | {' | '.join([first, *others])} |", "| --- |" + " ---: |" * (1 + len(others))]
     for task, by_method in scores.items():
         cells = [by_method.get(method, []) for method in (first, *others)]
@@ -128,7 +133,9 @@ def format_tables(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         lines.append(f"| {task} | {' | '.join(texts)} |")
     lines += ["", f"| {first} against | mean difference | tasks ahead | p |", "| --- | ---: | ---: | ---: |"]
     for other in others:
-        tasks = [by_method for by_method in scores.values() if first in by_method and other in by_method]
+        tasks = [by_method for by_method in scores.values() if other in by_method]
+        if not tasks:
+            continue
         differences = [fmean(by_method[first]) - fmean(by_method[other]) for by_method in tasks]
         p = wilcoxon(differences).pvalue if any(differences) else 1.0
         ahead = sum(difference > 0 for difference in differences)
@@ -149,17 +156,19 @@ def main() -> int:
     tasks = [text for text in options.rest if "=" not in text] or list(TASKS)
     if unknown := [task for task in tasks if task not in TASKS]:
         parser.error(f"{unknown[0]} is none of the tasks {', '.join(TASKS)}")
-    worst, runs = 0, SEEDS * len(options.methods)
+    worst = 0
     for task in [] if options.table else tasks:
-        print(f"\n{task}", flush=True)
-        arguments = [*sweep_arguments(task, options.methods, options.data), *overrides]
-        code = run_kept(arguments, options.output / task, options.records / task, runs)
-        if code in (130, 143):  # interrupted: the same command resumes it
-            return code
-        worst = max(worst, code)
-    kept = [task for task in TASKS if is_kept(options.records / task, runs)]
-    if kept:
-        print(format_tables({task: scores_by_method(options.records / task) for task in kept}))
+        for method in options.methods:
+            print(f"\n{task}: {method}", flush=True)
+            place = Path(task, folder_name(method))
+            arguments = [*sweep_arguments(task, method, options.data), *overrides]
+            code = run_kept(arguments, options.output / place, options.records / place, SEEDS)
+            if code in (130, 143):  # interrupted: the same command resumes it
+                return code
+            worst = max(worst, code)
+    scores = {task: scores_by_method(options.records / task) for task in TASKS}
+    if kept := {task: by_method for task, by_method in scores.items() if options.methods[0] in by_method}:
+        print(format_tables(kept, options.methods))
     return worst
 
 
