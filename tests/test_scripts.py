@@ -237,6 +237,21 @@ def test_the_readmes_table_has_recorded_values_within_intervals_of_the_pairs(
     assert (high - low) / 2 == pytest.approx(1.96 * (accuracy * (1 - accuracy) / 300) ** 0.5, abs=0.004)
 
 
+def test_the_tables_of_the_backbones_have_every_method_and_rival(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script(monkeypatch, "experiments/backbone_table.py") == 0
+    scores, tests = (
+        [line.strip("| ").split(" | ") for line in part.splitlines()[2:]]
+        for part in capsys.readouterr().out.split("\n\n")
+    )
+    kept = [path.name for path in (ROOT / "experiments/records/enhanced/backbones").iterdir()]
+    assert (len(scores), len(tests)) == (5 * len(kept), 4 * len(kept))
+    mcc = {(row[0], row[1]): float(row[5].split()[0]) for row in scores}
+    for backbone, rival, difference, *_ in tests:
+        assert float(difference.split()[0]) == pytest.approx(mcc[backbone, rival] - mcc[backbone, "enhanced"], abs=6e-4)
+
+
 def test_a_search_is_compared_with_a_grid_once(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

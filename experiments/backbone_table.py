@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Print the tables of docs/results/backbones.md: five methods on each backbone, and tests against the enhanced one.
+
+    experiments/backbone_table.py
+
+It reads the records that `experiments/reproduce_enhanced.py --records experiments/records/enhanced` keeps of the stage
+`backbones`. Values are the mean and standard deviation over the seeds on the whole of validation. Holm's correction is
+over the four rivals of one backbone and measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from lora_bench.api import compare
+from lora_bench.records import run_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+RECORDS = Path(__file__).parent / "records" / "enhanced" / "backbones"
+BACKBONES = ("minilm", "roberta_mini", "t5_mini")
+METRICS = {"accuracy": 4, "f1": 4, "mcc": 4, "nll": 3, "ece": 3}
+"""The metrics of the first table, with their decimals."""
+MEASURES = ("mcc", "f1")
+"""The metrics that are tested."""
+
+
+def method_of(record: dict[str, Any]) -> str:
+    """Return the name of a run's method in the tables."""
+    choices = record["choices"]
+    return f"{choices['adapter']}, with the recipe" if choices.get("experiment") == "recipe" else choices["adapter"]
+
+
+def format_scores(backbone: str, folder: Path) -> list[str]:
+    """Return the rows of a backbone in the first table, best MCC first."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for _, record in run_folder.find_runs([folder])[0]:
+        by_method.setdefault(method_of(record), []).append(record)
+    rows = []
+    for method, records in by_method.items():
+        cells = [backbone, method, f"{records[0]['config']['optimizer']['lr']:g}"]
+        for name, decimals in METRICS.items():
+            values = [record["metrics"][f"validation/{name}"] for record in records]
+            cells.append(f"{fmean(values):.{decimals}f} ± {stdev(values):.{decimals}f}")
+        cells.append(f"{fmean(record['cost']['train_flops'] for record in records) / 1e12:.0f}")
+        rows.append((fmean(record["metrics"]["validation/mcc"] for record in records), cells))
+    return [f"| {' | '.join(cells)} |" for _, cells in sorted(rows, reverse=True)]
+
+
+def format_tests(backbone: str, folder: Path) -> list[str]:
+    """Return the rows of a backbone in the second table: each rival against the enhanced method, by MCC and by F1."""
+    frames = [compare(folder, baseline="enhanced", measure=measure) for measure in MEASURES]
+    lines = []
+    for _, row in frames[0].iterrows():
+        if row["verdict"] == "baseline":
+            continue
+        cells = [backbone, method_of(run_folder.read(Path(row["runs"][0])))]
+        for frame in frames:
+            other = frame.loc[[runs == row["runs"] for runs in frame["runs"]]].iloc[0]
+            interval = f"{other['difference_low']:+.3f} to {other['difference_high']:+.3f}"
+            p = f"{other['p_holm']:.3f}" if other["p_holm"] >= 0.001 else "< 0.001"
+            cells += [f"{other['difference']:+.3f} ({interval})", p]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def format_tables(records: Path, backbones: Sequence[str] = BACKBONES) -> str:
+    """Return both tables in Markdown, of the backbones that have records."""
+    kept = [backbone for backbone in backbones if (records / backbone).is_dir()]
+    scores = ["| backbone | method | learning rate | accuracy | F1 | MCC | NLL | ECE | TFLOP |"]
+    scores += ["| --- | --- |" + " ---: |" * 7]
+    tests = ["| backbone | rival | MCC of the rival − enhanced | p | F1 of the rival − enhanced | p |"]
+    tests += ["| --- | --- |" + " ---: |" * 4]
+    for backbone in kept:
+        scores += format_scores(backbone, records / backbone)
+        tests += format_tests(backbone, records / backbone)
+    return "\n".join([*scores, "", *tests])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the kept records")
+    print(format_tables(parser.parse_args().records))
+
+
+if __name__ == "__main__":
+    main()
