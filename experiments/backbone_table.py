@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from result_tables import difference_cells
+
 from lora_bench.api import compare
 from lora_bench.records import run_folder
 
@@ -61,9 +63,7 @@ def format_tests(backbone: str, folder: Path) -> list[str]:
         cells = [backbone, method_of(run_folder.read(Path(row["runs"][0])))]
         for frame in frames:
             other = frame.loc[[runs == row["runs"] for runs in frame["runs"]]].iloc[0]
-            interval = f"{other['difference_low']:+.3f} to {other['difference_high']:+.3f}"
-            p = f"{other['p_holm']:.3f}" if other["p_holm"] >= 0.001 else "< 0.001"
-            cells += [f"{other['difference']:+.3f} ({interval})", p]
+            cells += difference_cells(other)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from result_tables import method_overrides
 
 from lora_bench.evaluation.confusion import compute_metric
 from lora_bench.records import predictions, run_folder
@@ -47,7 +48,7 @@ class Row:
     def read(self, records: Path) -> tuple[list[predictions.Predictions], list[dict[str, Any]]]:
         """Return the predictions on the first pairs, and the record, of each run."""
         found = run_folder.find_runs([records / self.folder])[0] if (records / self.folder).is_dir() else []
-        runs = [(run, record) for run, record in found if self.choices in ("", _choices(record))]
+        runs = [(run, record) for run, record in found if self.choices in ("", method_overrides(record["overrides"]))]
         return [_first(predictions.read(run, "validation"), self.pairs) for run, _ in runs], [r for _, r in runs]
 
 
@@ -68,28 +69,21 @@ ROWS = (
 )
 
 
-def _choices(record: dict[str, Any]) -> str:
-    """Return the overrides of a run that name its method."""
-    return " ".join(text for text in record["overrides"] if text.startswith(("experiment=", "adapter=")))
-
-
 def _first(whole: predictions.Predictions, pairs: int) -> predictions.Predictions:
     chosen = whole.ids < pairs
     return predictions.Predictions(whole.ids[chosen], whole.labels[chosen], whole.scores[chosen])
 
 
-def interval(of_seeds: Sequence[predictions.Predictions], measure: str) -> tuple[float, float]:
-    """Return the bounds of the 95 % interval of a metric's mean over seeds, over resamples of the pairs.
+def intervals(of_seeds: Sequence[predictions.Predictions]) -> list[tuple[float, float]]:
+    """Return the bounds of the 95 % interval of each of `MEASURES`, a mean over seeds, over resamples of the pairs.
 
     Args:
         of_seeds: predictions of the same pairs.
-        measure: accuracy, f1 or mcc.
     """
-    pairs = len(of_seeds[0].ids)
-    draws = _draws(pairs)
-    values = np.mean([compute_metric(draws @ _cells(run), measure) for run in of_seeds], axis=0)  # (R,)
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    draws = _draws(len(of_seeds[0].ids))
+    counts = np.stack([draws @ _cells(run) for run in of_seeds])  # (S, R, 4)
+    values = [compute_metric(counts, measure).mean(axis=0) for measure in MEASURES]  # (R,) each
+    return [tuple(np.quantile(of_measure, [0.025, 0.975]).tolist()) for of_measure in values]
 
 
 @cache
@@ -117,8 +111,7 @@ def format_table(records: Path, rows: Sequence[Row] = ROWS) -> str:
         if not runs:
             continue
         cells = [row.model, row.method]
-        for measure in MEASURES:
-            low, high = interval(runs, measure)
+        for measure, (low, high) in zip(MEASURES, intervals(runs), strict=True):
             cells.append(f"{fmean(run.value(measure) for run in runs):.3f} ({low:.3f} to {high:.3f})")
         if read[0]["params"]["trainable"] is None:  # prompted
             cells += ["—", "—"]

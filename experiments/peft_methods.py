@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from kept_sweep import is_kept, run_kept
 from pandas import isna
+from result_tables import difference_cells
 
 from lora_bench.api import compare
 from lora_bench.records.run_folder import find_runs
@@ -122,9 +123,7 @@ def _verdict(row: Series) -> list[str]:
     """Return the cells of a row against its baseline: the difference with its interval, p, and the verdict."""
     if isna(row["p_holm"]):  # the baseline itself, or methods that cannot be tested
         return ["", "", str(row["verdict"])]
-    interval = f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
-    p = f"{row['p_holm']:.3f}" if row["p_holm"] >= 0.001 else "< 0.001"
-    return [f"{row['difference']:+.3f} ({interval})", p, str(row["verdict"])]
+    return [*difference_cells(row), str(row["verdict"])]
 
 
 def main() -> int:

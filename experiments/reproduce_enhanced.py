@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, Any
 
 from keep_records import keep
 from kept_sweep import start_or_resume
+from result_tables import method_overrides
 
 from lora_bench.cli import main as lora_bench
 from lora_bench.records import run_folder, sweep_folder
@@ -205,8 +206,7 @@ class Protocol:
         folder = self.output / stage
         rates = {}
         for name, job in (sweep_folder.read(folder).jobs if sweep_folder.is_sweep(folder) else {}).items():
-            choices = {text for text in job if text.startswith(("experiment=", "adapter="))}
-            if name.startswith("report/") and choices == set(method.split()):
+            if name.startswith("report/") and set(method_overrides(job).split()) == set(method.split()):
                 rates[folder / name] = next(text for text in job if text.startswith("optimizer.lr=")).split("=")[1]
         stage = stage.partition("/")[0]
         return rates or sys.exit(f"the stage {stage} has not chosen a learning rate for {method} yet: run it first")

@@ -27,6 +27,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from kept_sweep import run_kept
+from result_tables import method_overrides
 
 from lora_bench.config.recorded_task import main_metric
 from lora_bench.records import run_folder
@@ -105,8 +106,7 @@ def scores_by_method(records: Path) -> dict[str, list[float]]:
     """Return 100 times the main metric on the reported split, of each seed, by the overrides that name the method."""
     scores: dict[str, list[float]] = {}
     for _, record in run_folder.find_runs([records])[0] if records.is_dir() else []:
-        method = " ".join(text for text in record["overrides"] if text.startswith(("experiment=", "adapter=")))
-        scores.setdefault(method, []).append(100 * _reported(record))
+        scores.setdefault(method_overrides(record["overrides"]), []).append(100 * _reported(record))
     return scores
 
 

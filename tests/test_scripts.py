@@ -27,7 +27,15 @@ from tests.helpers import composed
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("scripts", "benchmarks", "experiments")
 SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("[!_]*") if path.is_file())
-MODULES = {"composition.py", "distillation.py", "key_index.py", "kept_sweep.py", "machine.py", "peft_trainer.py"}
+MODULES = {
+    "composition.py",
+    "distillation.py",
+    "key_index.py",
+    "kept_sweep.py",
+    "machine.py",
+    "peft_trainer.py",
+    "result_tables.py",
+}
 """What scripts of the same folder import."""
 PYTHON_SCRIPTS = [path for path in SCRIPTS if path.suffix == ".py" and path.name not in MODULES]
 TEXTS = ["a", "b c", "is this a question?", "how long is a day on mars?", "what is the best way to learn", "why not"]

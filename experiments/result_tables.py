@@ -1,0 +1,22 @@
+"""What the tables of several experiments share: the name of a run's method, and the cells of a tested difference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pandas import Series
+
+
+def method_overrides(overrides: Iterable[str]) -> str:
+    """Return the overrides that name the method of a run or job, in their order: `experiment=recipe adapter=lora`."""
+    return " ".join(text for text in overrides if text.startswith(("experiment=", "adapter=")))
+
+
+def difference_cells(row: Series) -> list[str]:
+    """Return two cells of a row of `lora_bench.api.compare`: the difference with its interval, and the adjusted p."""
+    interval = f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
+    p = f"{row['p_holm']:.3f}" if row["p_holm"] >= 0.001 else "< 0.001"
+    return [f"{row['difference']:+.3f} ({interval})", p]
