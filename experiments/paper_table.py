@@ -54,18 +54,15 @@ class Row:
 
 MINILM, ROBERTA, T5 = (f"enhanced/backbones/{name}" for name in ("minilm", "roberta_mini", "t5_mini"))
 ROWS = (
-    Row("BERT type (MiniLM, 23 M)", "full fine-tuning", MINILM, "adapter=full"),
-    Row("RoBERTa type (30 M)", "full fine-tuning", ROBERTA, "adapter=full"),
-    Row("T5 type (24 M)", "full fine-tuning", T5, "adapter=full"),
-    Row("Gemma 3 (270 M)", "zero-shot prompt", "decoders/prompted/zero_shot", pairs=300),
-    Row("Gemma 3 (270 M)", "four-shot prompt", "decoders/prompted/few_shot", pairs=300),
-    Row("Gemma 3 (270 M)", "LoRA, one epoch", "decoders/words/lora"),
+    Row("MiniLM, a BERT", "full fine-tuning", MINILM, "adapter=full"),
+    Row("a small RoBERTa", "full fine-tuning", ROBERTA, "adapter=full"),
+    Row("a small T5", "full fine-tuning", T5, "adapter=full"),
+    Row("Gemma 3 270M", "prompt with 4 examples", "decoders/prompted/few_shot", pairs=300),
+    Row("Gemma 3 270M", "LoRA", "decoders/words/lora"),
     Row("MiniLM", "LoRA", MINILM, "adapter=lora"),
-    Row("MiniLM", "LoRA with the recipe", MINILM, "experiment=recipe adapter=lora"),
-    Row("MiniLM", "full with the recipe", MINILM, "experiment=recipe adapter=full"),
+    Row("MiniLM", "LoRA, recipe of enhanced", MINILM, "experiment=recipe adapter=lora"),
+    Row("MiniLM", "full, recipe of enhanced", MINILM, "experiment=recipe adapter=full"),
     Row("MiniLM", "enhanced", MINILM, "experiment=enhanced"),
-    Row("RoBERTa type", "enhanced", ROBERTA, "experiment=enhanced"),
-    Row("T5 type", "enhanced", T5, "experiment=enhanced"),
 )
 
 
@@ -104,20 +101,17 @@ def _cells(run: predictions.Predictions) -> NDArray[np.int64]:
 
 def format_table(records: Path, rows: Sequence[Row] = ROWS) -> str:
     """Return the table in Markdown; rows without kept records are left out."""
-    lines = ["| model | method | accuracy | F1 | MCC | trained | train TFLOP |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    lines = ["| model | method | accuracy | F1 | MCC | TFLOP |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for row in rows:
         runs, read = row.read(records)
         if not runs:
             continue
         cells = [row.model, row.method]
         for measure, (low, high) in zip(MEASURES, intervals(runs), strict=True):
-            cells.append(f"{fmean(run.value(measure) for run in runs):.3f} ({low:.3f} to {high:.3f})")
-        if read[0]["params"]["trainable"] is None:  # prompted
-            cells += ["—", "—"]
-        else:
-            cells += [f"{read[0]['params']['trainable'] / 1e6:.1f} M"]
-            cells += [f"{fmean(record['cost']['train_flops'] for record in read) / 1e12:.0f}"]
+            cells.append(f"{fmean(run.value(measure) for run in runs):.3f} ({low:.2f} to {high:.2f})")
+        is_trained = read[0]["params"]["trainable"] is not None
+        cells.append(f"{fmean(record['cost']['train_flops'] for record in read) / 1e12:.0f}" if is_trained else "—")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+    from typing import Any
 
     from pandas import Series
 
@@ -15,7 +16,7 @@ def method_overrides(overrides: Iterable[str]) -> str:
     return " ".join(text for text in overrides if text.startswith(("experiment=", "adapter=")))
 
 
-def difference_cells(row: Series) -> list[str]:
+def difference_cells(row: Series | Mapping[str, Any]) -> list[str]:
     """Return two cells of a row of `lora_bench.api.compare`: the difference with its interval, and the adjusted p."""
     interval = f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
     p = f"{row['p_holm']:.3f}" if row["p_holm"] >= 0.001 else "< 0.001"

@@ -184,6 +184,13 @@ def test_every_choice_is_in_the_table_of_its_group(group: str, page: str) -> Non
     assert sorted(named) == sorted(options(group) - of_peft)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_numbers_of_methods_are_those_of_the_folder(page: str) -> None:
+    choices = options("adapter") - {"full", "head_only", "peft"}
+    of_peft = sum(choice.startswith("peft_") for choice in choices)
+    assert f"- {len(choices) - of_peft} adapter methods and {of_peft} of PEFT, " in TEXTS[page]
+
+
 def test_the_generated_pages_are_up_to_date() -> None:
     result = subprocess.run([sys.executable, ROOT / "scripts" / "config_reference.py", "--check"], capture_output=True)
     assert result.returncode == 0, result.stderr.decode()

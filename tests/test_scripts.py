@@ -236,12 +236,10 @@ def test_the_readmes_table_has_recorded_values_within_intervals_of_the_pairs(
     }
     assert len(rows) == len(lines) >= 3
     recorded = [_read(path) for path in (ROOT / "experiments/records/decoders/words/lora").rglob("run.json")]
-    for name, (value, low, high) in zip(
-        ("accuracy", "f1", "mcc"), rows["Gemma 3 (270 M)", "LoRA, one epoch"], strict=True
-    ):
+    for name, (value, low, high) in zip(("accuracy", "f1", "mcc"), rows["Gemma 3 270M", "LoRA"], strict=True):
         assert value == pytest.approx(fmean(run["metrics"][f"validation/{name}"] for run in recorded), abs=6e-4)
         assert low < value < high
-    accuracy, low, high = rows["Gemma 3 (270 M)", "four-shot prompt"][0]
+    accuracy, low, high = rows["Gemma 3 270M", "prompt with 4 examples"][0]
     assert (high - low) / 2 == pytest.approx(1.96 * (accuracy * (1 - accuracy) / 300) ** 0.5, abs=0.004)
 
 
@@ -249,14 +247,17 @@ def test_the_tables_of_the_backbones_have_every_method_and_rival(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert script(monkeypatch, "experiments/backbone_table.py") == 0
-    scores, tests = (
-        [line.strip("| ").split(" | ") for line in part.splitlines()[2:]]
+    scores, tests, thresholds = (
+        [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in part.splitlines()[2:]]
         for part in capsys.readouterr().out.split("\n\n")
     )
     kept = [path.name for path in (ROOT / "experiments/records/enhanced/backbones").iterdir()]
-    assert (len(scores), len(tests)) == (5 * len(kept), 4 * len(kept))
+    assert (len(scores), len(tests), len(thresholds)) == (5 * len(kept), 4 * len(kept), 5 * len(kept))
     mcc = {(row[0], row[1]): float(row[5].split()[0]) for row in scores}
     for backbone, rival, difference, *_ in tests:
+        assert float(difference.split()[0]) == pytest.approx(mcc[backbone, rival] - mcc[backbone, "enhanced"], abs=6e-4)
+    mcc = {(row[0], row[1]): float(row[3].split()[0]) for row in thresholds}
+    for backbone, rival, *_, difference, _ in (row for row in thresholds if row[1] != "enhanced"):
         assert float(difference.split()[0]) == pytest.approx(mcc[backbone, rival] - mcc[backbone, "enhanced"], abs=6e-4)
 
 

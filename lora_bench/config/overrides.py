@@ -11,12 +11,13 @@ variable, a package with weights, lines of shell for Slurm. `typed_by` holds the
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -406,19 +407,35 @@ class CheckedFileSource(FileConfigSource):  # type: ignore[misc]
         """
         self._refuse_outside(config_path)
         path = os.path.realpath(os.path.join(self.path, self._normalize_file_name(config_path)))
-        check_yaml(path)
-        try:
-            return super().load_config(config_path)
-        except (ValueError, ArithmeticError, RecursionError, TypeError, OmegaConfBaseException) as error:
-            raise UserError(
-                f"cannot be read: {str(error).splitlines()[0][:200]}", file=path, code=Code.INVALID_SYNTAX
-            ) from None
+        return copy.deepcopy(_load_config(self.provider, self.path, config_path, path, _file_version(path)))
 
     @staticmethod
     def _refuse_outside(config_path: str) -> None:
         """Raise a `UserError` for a path that is absolute or contains `..`."""
         if os.path.isabs(config_path) or ".." in config_path.split("/"):
             raise UserError(f"the choice {config_path!r} leads out of the folder of its group", code=Code.FORBIDDEN)
+
+
+def _file_version(path: str) -> tuple[int, int, int] | None:
+    """Return inode, time and size of a file, which change with its content; None if it cannot be reached."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return None
+    return state.st_ino, state.st_mtime_ns, state.st_size
+
+
+@lru_cache(maxsize=1024)  # a sweep composes each job; parsing would be a third of the time
+def _load_config(
+    provider: str, folder: str, config_path: str, path: str, version: tuple[int, int, int] | None
+) -> ConfigResult:
+    """Check the file `path`, whose version is given, and load it as Hydra loads `config_path` from a folder."""
+    check_yaml(path)
+    try:
+        return FileConfigSource(provider, folder).load_config(config_path)
+    except (ValueError, ArithmeticError, RecursionError, TypeError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"cannot be read: {reason}", file=path, code=Code.INVALID_SYNTAX) from None
 
 
 def check_yaml(path: str) -> None:

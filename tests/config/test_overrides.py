@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from lora_bench.config.overrides import (
     MAX_OVERRIDE_LENGTH,
+    CheckedFileSource,
     check_overrides,
     check_yaml,
     parse_override,
@@ -363,3 +365,19 @@ def test_values_separated_by_commas_for_a_list_are_refused_with_a_suggestion(in_
     error = refused("train", *TOY_RUN, "data.text_columns=question1,question2")
     assert (error.code, error.key) == (Code.INVALID_VALUE, "data.text_columns")
     assert "'data.text_columns=[question1,question2]'" in str(error)
+
+
+def test_a_file_is_read_again_after_it_has_changed(tmp_path: Path) -> None:
+    source, path = CheckedFileSource("test", f"file://{tmp_path}"), tmp_path / "lora.yaml"
+    path.write_text("rank: 8\n")
+    loaded = source.load_config("lora").config
+    loaded.rank = 1
+    assert source.load_config("lora").config.rank == 8  # what is loaded belongs to the caller
+    path.write_text("rank: 4\n")
+    assert source.load_config("lora").config.rank == 4
+    path.write_text("rank: [\n")
+    with pytest.raises(yaml.MarkedYAMLError):
+        source.load_config("lora")
+    path.unlink()
+    with pytest.raises(UserError):
+        source.load_config("lora")
