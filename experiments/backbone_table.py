@@ -21,6 +21,7 @@ from result_tables import difference_cells
 
 from lora_bench.analysis.statistics import crossed_test, holm, pool_seed_variance
 from lora_bench.api import compare
+from lora_bench.evaluation.scores import predict_labels
 from lora_bench.records import predictions, run_folder
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ def format_thresholds(backbone: str, folder: Path) -> list[str]:
         metric: {method: [record["metrics"][metric] for _, record in runs] for method, runs in by_method.items()}
         for metric in ("validation/calibrated/f1", THRESHOLD_MCC, "validation/auroc")
     }
-    pool = pool_seed_variance([dict(enumerate(of_seeds)) for of_seeds in values[THRESHOLD_MCC].values()])
+    pool = pool_seed_variance(
+        [{str(seed): x for seed, x in enumerate(of_seeds)} for of_seeds in values[THRESHOLD_MCC].values()]
+    )
     tests = {rival: crossed_test(labels, predicted[rival], predicted[BASELINE]) for rival in by_method}
     del tests[BASELINE]
     if pool is not None:
@@ -103,9 +106,9 @@ def format_thresholds(backbone: str, folder: Path) -> list[str]:
     return rows
 
 
-def _predict(run: Path, record: Mapping[str, Any]) -> NDArray[np.bool_]:
-    """Return whether a run predicts label 1 of each example, at its chosen threshold: (N,)."""
-    return np.greater_equal(predictions.read(run, "validation").scores, record["selection"]["threshold"])
+def _predict(run: Path, record: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Return the labels that a run predicts, at its chosen threshold: (N,)."""
+    return predict_labels(predictions.read(run, "validation").scores, record["selection"]["threshold"])
 
 
 def format_tables(records: Path, backbones: Sequence[str] = BACKBONES) -> str:
