@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_bench.errors import Code
+from lora_bench.training import precision
 from lora_bench.training.precision import has_fast_bf16, resolve_device, resolve_precision
 from tests.command_line import refuses
 
@@ -13,9 +14,15 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def given(
-    monkeypatch: pytest.MonkeyPatch, *, cuda: bool = False, bf16: bool = False, cpu: tuple[str, ...] = ()
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    cuda: bool = False,
+    bf16: bool = False,
+    cpu: tuple[str, ...] = (),
+    speed: float = 2.0,
 ) -> None:
     """A machine with or without these abilities."""
+    monkeypatch.setattr(precision, "cpu_bf16_speed", lambda: speed)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(cpu, True), raising=False)
@@ -77,8 +84,25 @@ def test_bf16_by_name_is_refused_on_a_gpu_without_it(monkeypatch: pytest.MonkeyP
 
 
 def test_amx_counts_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    given(monkeypatch, cpu=("amx_bf16",))
+    given(monkeypatch, cpu=("amx_bf16", "avx512_bf16"), speed=0.0)
     assert has_fast_bf16(CPU)
+
+
+@pytest.mark.parametrize("instructions", ["avx512_bf16", "bf16"])
+def test_a_cpu_whose_bf16_instructions_are_slower_than_fp32_computes_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, instructions: str
+) -> None:
+    given(monkeypatch, cpu=(instructions,), speed=0.6)
+    assert resolve_precision("auto", CPU) == torch.float32
+    given(monkeypatch, cpu=(instructions,), speed=2.3)
+    assert resolve_precision("auto", CPU) == torch.bfloat16
+
+
+def test_the_speed_of_bf16_is_measured_once() -> None:
+    precision.cpu_bf16_speed.cache_clear()
+    speed = precision.cpu_bf16_speed()
+    assert speed > 0
+    assert precision.cpu_bf16_speed() == speed
 
 
 def test_this_machine_answers() -> None:
