@@ -68,6 +68,7 @@ def run_stage(stage: str, options: argparse.Namespace, overrides: list[str]) -> 
                 lora_bench(["prompt", *server, *task, f"hydra.run.dir={folder}", *overrides])
         return
     common = [*data, "data.train_size=4000", "data.selection_size=500", "trainer.epochs=1", "adapter.rank=8"]
+    common.append("trainer.precision=bf16")  # on every machine
     for seed in SEEDS:
         if stage == "nf4":
             runs = {"bf16": [*decoder, "adapter=lora"], "nf4": [*decoder, "adapter=qlora"]}

@@ -96,7 +96,8 @@ STAGES: dict[str, dict[str, list[str]]] = {
 
 def sweep_arguments(method: str, settings: list[str], data: Path) -> list[str]:
     """Return the arguments of a method's sweep, without its folder."""
-    grid = ["sweep=methods", f"adapter={method}", f"optimizer.lr={LEARNING_RATES}", *settings]
+    grid = ["sweep=methods", f"adapter={method}", f"optimizer.lr={LEARNING_RATES}"]
+    grid += ["trainer.precision=bf16", *settings]  # on every machine, but for methods that need fp32
     task = ["model=minilm", "data=pairs", f"data.path={data}", "data.selection_size=2000", "data.train_size=8000"]
     return [*grid, *task, "trainer.epochs=2", "pack.size=1"]  # seconds are each run's own
 
