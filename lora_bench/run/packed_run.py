@@ -93,7 +93,7 @@ class PackedRun:
         Raises:
             UserError: a setting is wrong, a tracker is not installed, or a run cannot be resumed here or was edited.
         """
-        experiments = [Experiment.build(job.cfg, job.settings) for job in jobs]
+        experiments = [Experiment.of_job(job) for job in jobs]
         for experiment in experiments:
             for tracker in experiment.trackers.values():
                 tracker.check()

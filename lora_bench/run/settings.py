@@ -23,6 +23,7 @@ from lora_bench.run.inputs import SEEDS_APART
 from lora_bench.run.preflight import check_sharding
 from lora_bench.tracking.choices import build_trackers
 from lora_bench.training.objective import check_objective
+from lora_bench.training.precision import continued_precision, resolve_device
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lora_bench.adapters.base import Adapter
     from lora_bench.backbones.family import Family
     from lora_bench.records.finished_record import FinishedRecord
+    from lora_bench.records.job import Job
     from lora_bench.tracking.base import Tracker
 
 _GROUPS = ("model", "adapter", "head", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
@@ -147,6 +149,20 @@ class Experiment:
             resolve_transforms(single.data)
             choose_augmentations(single.data, single.trainer.objective_of(single.data))
         return experiment
+
+    @classmethod
+    def of_job(cls, job: Job) -> Experiment:
+        """Build the settings of a job. A run to resume goes on in its precision, where `auto` is another one here.
+
+        Raises:
+            UserError: as `build`; or the run to resume needs a GPU, and there is none.
+        """
+        experiment = cls.build(job.cfg, job.settings)
+        if job.resumed is None:
+            return experiment
+        trainer, before = experiment.trainer, job.resumed.record["environment"].get("precision")
+        precision = continued_precision(trainer.precision, before, resolve_device(trainer.device))
+        return replace(experiment, trainer=replace(trainer, precision=precision))
 
     @classmethod
     def of_finished(cls, finished: FinishedRecord) -> Experiment:

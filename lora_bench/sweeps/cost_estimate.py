@@ -99,7 +99,7 @@ def print_run_estimate(job: Job, console: Console) -> None:
     Raises:
         UserError: the request cannot be met.
     """
-    experiment = Experiment.build(job.cfg)
+    experiment = Experiment.of_job(job)
     inputs = SharedInputs.load(experiment)
     single = estimate_run(experiment, inputs)
     members = experiment.ensemble.size

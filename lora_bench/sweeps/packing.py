@@ -116,7 +116,7 @@ def group_jobs(jobs: Sequence[Job]) -> list[Group]:
     Raises:
         UserError: the settings of a job are wrong.
     """
-    experiments = [Experiment.build(job.cfg) for job in jobs]
+    experiments = [Experiment.of_job(job) for job in jobs]
     shared = [
         settings_hash((e.model, e.data, e.tasks, e.trainer, e.metrics, e.pack, _weights_of_adapter(e)))
         for e in experiments

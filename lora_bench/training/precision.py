@@ -54,7 +54,7 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """
     if precision == "fp32":
         return torch.float32
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if precision == "bf16" and _is_lacking_bf16(device):
         raise UserError(
             "this GPU does not support bf16",
             key="trainer.precision",
@@ -67,6 +67,25 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
+def continued_precision(precision: str, before: str | None, device: torch.device) -> str:
+    """Return the `trainer.precision` of a run that is resumed: `auto` stays what it was where the run began.
+
+    Args:
+        precision: `fp32`, `bf16` or `auto`, as requested.
+        before: the dtype of its products so far, `float32` or `bfloat16`; None in an older record.
+        device: on which it is resumed. If that has no bf16, `auto` stays `auto`.
+    """
+    if precision != "auto" or before not in ("float32", "bfloat16") or _is_lacking_bf16(device):
+        return precision
+    if str(resolve_precision("auto", device)) == f"torch.{before}":
+        return "auto"
+    return "fp32" if before == "float32" else "bf16"
+
+
+def _is_lacking_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Return whether the device multiplies matrices faster in bf16 than in fp32.
 
@@ -75,7 +94,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     times as long.
     """
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return not _is_lacking_bf16(device)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if any(capabilities.get(name) for name in ("amx_bf16", "amx_tile")):
         return True

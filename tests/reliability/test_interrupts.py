@@ -23,6 +23,7 @@ from lora_bench.errors import Code
 from lora_bench.records.run_folder import Run
 from lora_bench.run import packed_run
 from lora_bench.run.final_evaluation import TrainedTask
+from lora_bench.training import precision
 from lora_bench.training.checkpoint import Checkpoints
 from lora_bench.training.cuda_graphs import Backward
 from tests import command_line, forked
@@ -378,6 +379,24 @@ def test_26_another_precision_is_refused_before_anything_is_loaded(
     error = refused("train", f"resume={interrupted}")
     assert (error.code, error.key, error.value) == (Code.MISMATCH, "resume", interrupted)
     assert re.search(r"\bbfloat16\b.* cuda\b.* trainer\.precision=fp32 .*\bfloat32\b.* cpu\b", str(error))
+
+
+@pytest.mark.reliability(26)
+def test_26_a_run_goes_on_in_its_precision_where_auto_is_another(
+    in_tmp: Path, at_step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*ASKED, "trainer.precision=auto"]
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda device: True)
+    assert lora_bench("train", *arguments, "hydra.run.dir=whole").code == 0
+    at_step(7, signalled(signal.SIGTERM))
+    assert lora_bench("train", *arguments, "hydra.run.dir=run").code == 143
+    at_step(0, lambda: None)
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda device: False)
+    answer = lora_bench("train", "resume=run")
+    assert answer.code == 0, answer.err
+    assert record("run")["environment"]["precision"] == record("whole")["environment"]["precision"] == "bfloat16"
+    assert record("run")["config"]["trainer"]["precision"] == "auto"
+    assert_same_run("run", "whole")
 
 
 @pytest.mark.reliability(26)

@@ -7,7 +7,7 @@ import torch
 
 from lora_bench.errors import Code
 from lora_bench.training import precision
-from lora_bench.training.precision import has_fast_bf16, resolve_device, resolve_precision
+from lora_bench.training.precision import continued_precision, has_fast_bf16, resolve_device, resolve_precision
 from tests.command_line import refuses
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -103,6 +103,29 @@ def test_the_speed_of_bf16_is_measured_once() -> None:
     speed = precision.cpu_bf16_speed()
     assert speed > 0
     assert precision.cpu_bf16_speed() == speed
+
+
+@pytest.mark.parametrize(
+    ("precision", "before", "speed", "expected"),
+    [
+        ("auto", "bfloat16", 0.6, "bf16"),
+        ("auto", "float32", 2.0, "fp32"),
+        ("auto", "bfloat16", 2.0, "auto"),
+        ("auto", "float32", 0.6, "auto"),
+        ("auto", None, 0.6, "auto"),
+        ("fp32", "bfloat16", 2.0, "fp32"),
+    ],
+)
+def test_a_resumed_run_keeps_the_precision_that_auto_was(
+    monkeypatch: pytest.MonkeyPatch, precision: str, before: str | None, speed: float, expected: str
+) -> None:
+    given(monkeypatch, cpu=("avx512_bf16",), speed=speed)
+    assert continued_precision(precision, before, CPU) == expected
+
+
+def test_a_gpu_without_bf16_cannot_continue_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, cuda=True, bf16=False)
+    assert continued_precision("auto", "bfloat16", CUDA) == "auto"
 
 
 def test_this_machine_answers() -> None:
