@@ -89,8 +89,7 @@ class Scale:
     def published(cls, data: Path) -> Scale:
         pairs = ("data=pairs", f"data.path={data}")
         rates = ("1e-4", "4e-4", "1.5e-3", "6e-3")
-        same_everywhere = ("data.selection_size=2000", "trainer.precision=bf16")
-        return cls(data, (*pairs, *same_everywhere), pairs, rates)
+        return cls(data, (*pairs, "data.selection_size=2000", "trainer.precision=bf16"), pairs, rates)
 
     @classmethod
     def toy(cls) -> Scale:

@@ -90,8 +90,8 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Return whether the device multiplies matrices faster in bf16 than in fp32.
 
     A GPU from Ampere on and a CPU with AMX do. A CPU with other instructions for bf16 is measured once per process, in
-    less than 0.1 s: with AVX512-BF16 alone, an AMD EPYC takes less than half of the time of fp32, an Intel Xeon 1.6
-    times as long.
+    about 0.1 s: with AVX512-BF16 alone, an AMD EPYC takes less than half of the time of fp32, an Intel Xeon 1.6 times
+    as long.
     """
     if device.type == "cuda":
         return not _is_lacking_bf16(device)
