@@ -16,8 +16,18 @@ def method_overrides(overrides: Iterable[str]) -> str:
     return " ".join(text for text in overrides if text.startswith(("experiment=", "adapter=")))
 
 
-def difference_cells(row: Series | Mapping[str, Any]) -> list[str]:
-    """Return two cells of a row of `lora_bench.api.compare`: the difference with its interval, and the adjusted p."""
-    interval = f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
+def difference_cells(row: Series | Mapping[str, Any], *, points: bool = False) -> list[str]:
+    """Return two cells of a row of `lora_bench.api.compare`: the difference with its interval, and the adjusted p.
+
+    Args:
+        row: the row, or a mapping with its columns.
+        points: the difference and interval are given in points, as 100 times what they are.
+    """
+    if row["difference"] is None:  # no row of the data learned the task
+        return ["not tested", ""]
+    difference, low, high = (
+        f"{100 * row[key]:+.1f}" if points else f"{row[key]:+.3f}"
+        for key in ("difference", "difference_low", "difference_high")
+    )
     p = f"{row['p_holm']:.3f}" if row["p_holm"] >= 0.001 else "< 0.001"
-    return [f"{row['difference']:+.3f} ({interval})", p]
+    return [f"{difference} ({low} to {high})", p]

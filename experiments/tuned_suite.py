@@ -4,19 +4,22 @@
     experiments/tuned_suite.py DATA OUTPUT [TASK …] [KEY=VALUE …] [--methods METHOD …]
     experiments/tuned_suite.py DATA OUTPUT --table
 
-DATA has a folder for each task of `TASKS`, with train and validation (banking77: test) files. MiniLM, up to 8,000
-examples. The learning rate of each method is chosen from the same four values on the task's selection split, with
-2,000 examples, 3 epochs and seed 0. Then the method is trained with seeds 0, 1 and 2, and scored on the reported split.
+DATA has a folder for each task of `TASKS`, with train and validation (banking77: test) files. MiniLM, rank 8. The
+learning rate of each method is chosen from the same four values on the task's selection split, with 2,000 examples,
+3 epochs and seed 0. Then the method is trained with seeds 0, 1 and 2, and scored on the reported split.
 METHODS are the overrides of a method, such as "experiment=recipe adapter=lora".
 
 After each method of a task the records of its reported runs are kept, without weights and texts, in
-experiments/records/tuned_suite (--records names another folder); it is not trained again then. --table prints the means
-of the kept records, in points of 100 times the task's main metric, and how the first method differs from each other
-over the tasks (Wilcoxon's signed-rank test of the task means, two-sided).
+experiments/records/tuned_suite (--records names another folder); it is not trained again then. The eighth task, QQP, is
+read from the records that `experiments/reproduce_enhanced.py DATA OUT backbones` keeps of MiniLM.
 
-All is computed in bf16, on every machine. A method of a task takes 10 to 20 minutes of one core that has AMX, and up to
-five times as long without it. The splits are parts of the published ones, so the results cannot be compared with
-published results.
+--table prints three tables of the kept records, in points of 100 times the task's main metric: the means; how the first
+method differs from each other over the tasks (Wilcoxon's signed-rank test of the task means, two-sided); and how each
+method differs from the first one on each task (Holm's correction over the rivals of a task).
+
+A method of a task takes 10 to 20 minutes of one core that has AMX, and up to six times as long without it. All methods
+of a task need the same precision, so it is bf16 unless trainer.precision=fp32 is given. The splits are parts of the
+published ones, so the results cannot be compared with published results.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from kept_sweep import run_kept
-from result_tables import method_overrides
+from result_tables import difference_cells, method_overrides
 
+from lora_bench.api import compare
 from lora_bench.config.recorded_task import main_metric
 from lora_bench.records import run_folder
 
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 RECORDS = Path(__file__).parent / "records" / "tuned_suite"
+QQP_RECORDS = Path("enhanced", "backbones", "minilm")  # beside tuned_suite
 METHODS = (
     "experiment=enhanced",
     "adapter=lora",
@@ -49,7 +54,6 @@ SEEDS = 3
 PAIR, SENTENCE = "data.text_columns=[sentence1,sentence2]", "data.text_columns=[sentence]"
 ENTAILMENT = "data.relation=entailment"
 TASKS = {
-    "qqp": ("data=pairs", "data.train_size=8000", "trainer.epochs=2"),
     "mrpc": (PAIR, "data.relation=paraphrase", "data.selection_size=700", "data.train_size=2900", "trainer.epochs=4"),
     "rte": (
         PAIR,
@@ -61,9 +65,9 @@ TASKS = {
         PAIR,
         "data.type=regression",
         "data.relation=similarity",
-        *("data.selection_size=1000", "data.train_size=4700", "trainer.epochs=3"),
+        *("data.selection_size=1000", "data.train_size=4000", "trainer.epochs=3"),
     ),
-    "sst2": (SENTENCE, "data.label_names=[negative,positive]", "data.train_size=8000", "trainer.epochs=2"),
+    "sst2": (SENTENCE, "data.label_names=[negative,positive]", "data.train_size=4000", "trainer.epochs=2"),
     "cola": (
         SENTENCE,
         "data.relation=form",
@@ -74,12 +78,12 @@ TASKS = {
         PAIR,
         ENTAILMENT,
         "data.label_names=[entailment,neutral,contradiction]",
-        *("data.selection_size=1500", "data.train_size=7400", "trainer.epochs=2"),
+        *("data.selection_size=1500", "data.train_size=4000", "trainer.epochs=2"),
     ),
     "banking77": (
         "data.text_columns=[text]",
         "data.label_column=category",
-        *("data.train_size=8000", "trainer.epochs=6"),
+        *("data.train_size=4000", "trainer.epochs=6"),
     ),
 }
 """Settings of each task."""
@@ -95,9 +99,7 @@ def sweep_arguments(task: str, method: str, data: Path) -> list[str]:
     tuning = "{seed: 0, data: {train_size: 2000, report: false}, trainer: {epochs: 3, eval_every: null}}"
     sweep = ["hydra/sweeper=tuned", f"++hydra.sweeper.tune={tuning}", *method.split()]
     grid = [f"optimizer.lr={LEARNING_RATES}", f"seed={','.join(map(str, range(SEEDS)))}"]
-    chosen = [*TASKS[task], f"data.path={data.resolve() / task}"]
-    if "data=pairs" not in chosen:
-        chosen = ["data=files", f"data.task={task}", *chosen]
+    chosen = ["data=files", f"data.task={task}", *TASKS[task], f"data.path={data.resolve() / task}"]
     if not any(text.startswith("data.selection_size=") for text in chosen):
         chosen.append("data.selection_size=2000")
     return [*sweep, "model=minilm", "trainer.precision=bf16", *grid, *chosen]
@@ -144,6 +146,27 @@ def format_tables(scores: Mapping[str, Mapping[str, Sequence[float]]], methods: 
     return "\n".join(lines)
 
 
+def format_tests(folders: Mapping[str, Path], methods: Sequence[str]) -> str:
+    """Return a table in Markdown: each method on each task, and how it differs from the first method there."""
+    lines = ["| task | method | learning rate | score | method − first | p | TFLOP |"]
+    lines.append("| --- | --- |" + " ---: |" * 5)
+    for task, folder in folders.items():
+        found = run_folder.find_runs([folder])[0]
+        baseline = next(run for run, record in found if method_overrides(record["overrides"]) == methods[0])
+        frame = compare(folder, baseline=str(baseline))
+        firsts = ((run_folder.read(Path(row["runs"][0])), row) for _, row in frame.iterrows())
+        rows = {method_overrides(first["overrides"]): row for first, row in firsts}
+        for method in (method for method in methods if method in rows):
+            records = [run_folder.read(Path(run)) for run in rows[method]["runs"]]
+            scores = [100 * _reported(record) for record in records]
+            flops = fmean(record["cost"]["train_flops"] for record in records) / 1e12
+            cells = [task, method, f"{records[0]['config']['optimizer']['lr']:g}"]
+            cells.append(f"{fmean(scores):.1f} ± {stdev(scores):.1f}")
+            cells += ["", ""] if method == methods[0] else difference_cells(rows[method], points=True)
+            lines.append(f"| {' | '.join(cells)} | {flops:.1f} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA")
@@ -167,9 +190,11 @@ def main() -> int:
             if code in (130, 143):  # interrupted: the same command resumes it
                 return code
             worst = max(worst, code)
-    scores = {task: scores_by_method(options.records / task) for task in TASKS}
+    folders = {"qqp": options.records.parent / QQP_RECORDS} | {task: options.records / task for task in TASKS}
+    scores = {task: scores_by_method(folder) for task, folder in folders.items()}
     if kept := {task: by_method for task, by_method in scores.items() if options.methods[0] in by_method}:
-        print(format_tables(kept, options.methods))
+        print(format_tables(kept, options.methods), end="\n\n")
+        print(format_tests({task: folders[task] for task in kept}, options.methods))
     return worst
 
 

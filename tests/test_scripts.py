@@ -218,11 +218,16 @@ def test_methods_are_compared_on_a_task_once(
     capsys.readouterr()
     assert script(monkeypatch, name, *arguments) == 0
     assert before == {path: path.stat().st_mtime_ns for path in Path().rglob("run.json")}
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert rows[0] == ["task", *methods]
-    first, other = (float(cell.split(" ± ")[0]) for cell in rows[2][1:])
-    assert rows[-1][0] == "adapter=bitfit"
-    assert float(rows[-1][1]) == pytest.approx(first - other, abs=0.11)
+    means, over_tasks, by_task = (
+        [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in part.splitlines() if line[:2] == "| "]
+        for part in capsys.readouterr().out.strip().split("\n\n")[-3:]
+    )
+    assert means[0] == ["task", *methods]
+    first, other = (float(cell.split(" ± ")[0]) for cell in means[2][1:])
+    assert over_tasks[2][0] == "adapter=bitfit"
+    assert float(over_tasks[2][1]) == pytest.approx(first - other, abs=0.11)
+    assert [row[:2] for row in by_task[2:]] == [["cola", method] for method in methods]
+    assert by_task[3][4] == "not tested"  # two steps teach nothing
 
 
 def test_the_readmes_table_has_recorded_values_within_intervals_of_the_pairs(
