@@ -226,7 +226,7 @@ def calibrate(folder: Path) -> list[dict[str, Any]]:
 
     loaded = load_runs([folder])
     lines, previous = [], None
-    for runs in group_runs(loaded.newest, loaded.keys):
+    for runs in group_runs(loaded.newest(), loaded.keys):
         read = [predictions.read(run.folder, loaded.splits[0]) for run in runs]
         predicted = np.stack([one.predicted for one in read])  # (S, N)
         pairs = [(a != b).mean() for a, b in itertools.combinations(predicted, 2)]

@@ -110,7 +110,7 @@ def _meeting(runs: Sequence[StoredRun], conditions: str) -> list[StoredRun]:
     from lora_bench.records.backfill import align_configs
 
     aligned = align_configs([(run.folder, run.record) for run in runs])
-    described = [describe_run(folder, record, []) for folder, record in aligned]
+    described = [describe_run(folder, record) for folder, record in aligned]
     keys = all_keys(described)
     matches = parse(conditions, keys, [key for key in keys if differs(key, described)])
     return [run for run, keyed in zip(runs, described, strict=True) if matches(keyed.keys)]

@@ -136,6 +136,15 @@ def test_a_repeated_seed_counts_once_and_the_newest_wins(tmp_path: Path) -> None
     assert any("repeat a setting" in line for line in table.footnotes)
 
 
+def test_runs_that_differ_in_their_names_are_no_repetitions_by_name(tmp_path: Path) -> None:
+    for name, mcc in (("before", 0.1), ("after", 0.7)):
+        for seed in range(2):
+            make(tmp_path / f"{name}{seed}", mcc, config={"seed": seed, "name": name})
+    table = summarise([tmp_path], by="name")
+    assert {row.keys["name"]: row.n for row in table.rows} == {"before": 2, "after": 2}
+    assert not any("repeat a setting" in line for line in table.footnotes)
+
+
 def test_equal_numbers_of_other_types_share_a_row(tmp_path: Path) -> None:
     for seed, alpha in enumerate([16, 16.0]):
         make(tmp_path / str(seed), config={"adapter.alpha": alpha, "seed": seed})

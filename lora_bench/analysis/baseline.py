@@ -26,15 +26,14 @@ FEW_RUNS = 200
 """Runs of chosen settings that are tested without `--baseline`; the predictions of more take long to read."""
 
 
-def add_verdicts(table: Table, split: str, baseline: str | None = None, margin: float = MARGIN) -> Table:
+def add_verdicts(table: Table, baseline: str | None = None, margin: float = MARGIN) -> Table:
     """Return the table with a `Finding` in the rows of chosen settings, and notes about the tests.
 
     The methods on one data set, each with its chosen setting, are tested against one baseline of theirs, by the metric
-    of their rows (`Row.measure`).
+    of their rows (`Row.measure`) on their split (`Row.split`).
 
     Args:
         table: rows of all settings, and the records of their runs.
-        split: the split whose predictions are compared.
         baseline: the name of the baseline (`_named_rows`), which may be a setting that is not chosen; None takes full
             fine-tuning, else plain LoRA, else the method that is best on the selection split.
         margin: the largest difference that counts as equivalent.
@@ -53,7 +52,7 @@ def add_verdicts(table: Table, split: str, baseline: str | None = None, margin: 
     rows, notes = list(table.rows), []
     for row_numbers in rows_by_data.values():
         candidates, reason = _candidates(table, row_numbers, named_rows)
-        measure = rows[row_numbers[0]].measure
+        measure, split = rows[row_numbers[0]].measure, rows[row_numbers[0]].split
         chosen_rows = [i for i in row_numbers if rows[i].chosen]
         if not candidates and named_rows is None and len(chosen_rows) > 1:
             finding = Finding("", NOT_TESTED, measure, "no method learned the task")
@@ -262,7 +261,8 @@ def _finding_texts(finding: Finding, difference: str) -> dict[str, str]:
     texts = {"verdict": finding.verdict, "metric": finding.measure}
     if finding.difference is not None:
         texts[difference] = f"{finding.difference:+.4f}"
-        texts["95 % interval"] = f"{finding.difference_low:+.4f} to {finding.difference_high:+.4f}"
+        if finding.difference_low is not None:
+            texts["95 % interval"] = f"{finding.difference_low:+.4f} to {finding.difference_high:+.4f}"
         texts["seeds"] = str(finding.paired_seeds)
     if finding.p_holm is not None:
         texts["p (Holm)"] = "<0.001" if finding.p_holm < 0.001 else f"{finding.p_holm:.3f}"

@@ -68,13 +68,13 @@ def add_decisions(table: Table, margin: float) -> Table:
     for i, row in enumerate(rows):
         blocks.setdefault(row.data, []).append(i)
     for data, row_numbers in blocks.items():
-        chosen = [i for i in row_numbers if rows[i].chosen or _is_baseline(rows[i])]
+        chosen = [i for i in row_numbers if rows[i].chosen or rows[i].is_baseline]
         number, reason = _recommend(table, {i: rows[i] for i in chosen})
         if number is not None:
             rows[number] = replace(rows[number], recommended=True)
         block = [rows[i] for i in chosen]
         recommended = None if number is None else rows[number]
-        baseline = next((row for row in block if _is_baseline(row)), None)
+        baseline = next((row for row in block if row.is_baseline), None)
         writer = _Writer(table, block, len(row_numbers), recommended, baseline, reason, margin)
         prefix = f"{block_label(table, rows[row_numbers[0]])}: " if len(blocks) > 1 else ""
         headline, sentences = writer.headline(), writer.sentences()
@@ -82,10 +82,6 @@ def add_decisions(table: Table, margin: float) -> Table:
             Decision(data, reason, prefix + headline, [prefix + text for text in sentences], recommended, baseline)
         )
     return replace(table, rows=rows, decisions=decisions)
-
-
-def _is_baseline(row: Row) -> bool:
-    return row.finding is not None and row.finding.verdict == BASELINE
 
 
 def block_label(table: Table, row: Row) -> str:
@@ -192,7 +188,8 @@ class _Writer:
             worse = all(row.finding is not None and row.finding.verdict == "worse" for row in self._rivals)
             return f"{name} is better than all rivals" if worse else f"No rival is better than {name}"
         if self.reason == INCONCLUSIVE:
-            return f"{name} is ahead on the selection split, but no method is shown to be the best"
+            among = "" if self._is_first else " among the methods that are not ruled out"
+            return f"{name} is ahead on the selection split{among}, but no method is shown to be the best"
         if self.reason == UNTESTED:
             return f"{name} is ahead on the selection split; the difference is not tested"
         return f"{name} is the best of {self.n_settings} settings" if self.n_settings > 1 else f"One setting: {name}"
@@ -229,10 +226,12 @@ class _Writer:
             )
         if self.reason == BEST_KNOWN:
             return f"{prefix}no rival is better by more than chance, or equivalent at lower cost."
-        selection = mean_selection_score([self.table.records[folder] for folder in row.folders])
+        selection = self._selection_score(row)
         metric = display_name(main_metric(self.table.records[row.folders[0]]))
         how = f" ({metric} {selection:.3f})" if selection > -math.inf else ""
-        best = f"it is the best on the selection split{how}" if how else f"it has the highest {self._metric} here"
+        among = "" if self._is_first else "of the methods that are not ruled out, "
+        best = f"{among}it is the best on the selection split{how}"
+        best = best if how else f"it has the highest {self._metric} here"
         if self.reason == INCONCLUSIVE:
             undecided = [other for other in self._rivals if other.finding and other.finding.verdict == "inconclusive"]
             subject = self._name(self.baseline) if row is not self.baseline else self._name(undecided[0])
@@ -254,20 +253,25 @@ class _Writer:
             if self.reason == ONLY and seeds == 1:
                 return ["Run at least three seeds ('seed=range(3)') to learn how much the result varies."]
             return []
-        from lora_bench.analysis.statistics import MAX_SEEDS  # late: numpy, which the tests have loaded
+        from lora_bench.analysis.statistics import (  # late: numpy, which tests have loaded
+            MAX_SEEDS,
+            deciding_difference,
+        )
 
         undecided = self._undecided
         detectable = undecided.detectable if undecided else max(finding.detectable or 0.0 for finding in findings)
+        if not detectable:
+            return []
         n_seeds = seeds_range(findings)
         seeds_text = f"{n_seeds} seed{'s' * (n_seeds != '1')}"
         sentence = (
             f"With {seeds_text} and {findings[0].examples:,} examples this comparison detects differences of "
-            f"{100 * (detectable or 0.0):.1f} points or more"
+            f"{100 * detectable:.1f} points or more"
         )
         if undecided is None:
             return [f"{sentence}."]
         difference = abs(undecided.difference or 0.0)
-        points = f"{100 * max(difference, self.margin):.1f} points"
+        points = f"{100 * deciding_difference(difference, self.margin):.1f} points"
         points = f"this difference of {points}" if difference >= self.margin else points
         if undecided.seeds_needed:
             command = f"'seed=range({undecided.seeds_needed})'"
@@ -278,6 +282,15 @@ class _Writer:
             return [f"{sentence}; to detect {points}, {examples}."]
         seeds = max(MAX_SEEDS, undecided.paired_seeds or 0)
         return [f"{sentence}; {points} would need more than {seeds} seeds."]
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether no other row that learned the task is better than the recommended one on the selection split."""
+        scores = {id(row): self._selection_score(row) for row in [*self.rows, self.recommended] if row and row.learned}
+        return self.recommended is None or scores[id(self.recommended)] >= max(scores.values())
+
+    def _selection_score(self, row: Row) -> float:
+        return mean_selection_score([self.table.records[folder] for folder in row.folders])
 
     @property
     def _undecided(self) -> Finding | None:
@@ -291,9 +304,7 @@ class _Writer:
         return display_name(self.rows[0].measure)
 
     def _score(self, row: Row) -> str:
-        names = [column.name for column in self.table.columns if column.name.rsplit("/", 1)[-1] == row.measure]
-        column = next(iter(names), row.measure)
-        stat = row.stats.get(column)
+        stat = row.stats.get(f"{row.split}/{row.measure}", row.stats.get(row.measure))
         return "unknown" if stat is None else f"{stat.mean:.3f}"
 
     def _points(self, finding: Finding) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_bench.analysis import where
 from lora_bench.analysis.settings import (
@@ -14,6 +14,7 @@ from lora_bench.analysis.settings import (
     describe_run,
     differs,
     keep_newest_per_seed,
+    reported_splits,
 )
 from lora_bench.analysis.table import Missing
 from lora_bench.errors import Code, UserError
@@ -25,7 +26,7 @@ from lora_bench.records.run_names import find_folder
 from lora_bench.records.task_folders import split_by_task
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 
@@ -37,8 +38,6 @@ class LoadedRuns:
     """Every run that can be read, finished or not, in the order of their folders."""
     finished: list[RecordedRun]
     """Those that are done."""
-    splits: list[str]
-    """The reported splits, the main one first."""
     unreadable: list[tuple[Path, str]]
     """Folders that cannot be read, with the reason."""
     hidden: int = 0
@@ -51,9 +50,17 @@ class LoadedRuns:
         return [key for key in keys if key not in REQUEST_LIMITS]
 
     @property
-    def newest(self) -> list[RecordedRun]:
-        """The finished runs without repetitions of a setting and seed."""
-        return keep_newest_per_seed(self.finished, self.keys)
+    def splits(self) -> list[str]:
+        """The reported splits of the finished runs, validation and test first."""
+        return reported_splits(run.record for run in self.finished)
+
+    def newest(self, by_keys: Sequence[str] = ()) -> list[RecordedRun]:
+        """Return the finished runs without repetitions of a setting and seed.
+
+        Args:
+            by_keys: keys that distinguish rows beside those of a setting, such as `name`.
+        """
+        return keep_newest_per_seed(self.finished, [*dict.fromkeys([*self.keys, *by_keys])])
 
     @property
     def missing(self) -> list[Missing]:
@@ -99,8 +106,7 @@ def load_runs(paths: Sequence[Path]) -> LoadedRuns:
         raise UserError(
             f"no runs here{skipped_note}", file=", ".join(map(str, paths)), remedy=remedy, code=Code.NOT_FOUND
         )
-    splits = _reported_splits(record for _, record in recorded if record["status"] == "done")
-    runs = [describe_run(folder, record, splits) for folder, record in recorded]
+    runs = [describe_run(folder, record) for folder, record in recorded]
     finished = [run for run in runs if run.record["status"] == "done"]
     # A run that only chose a setting is no rival of runs that were trained with it.
     reporting = [run for run in finished if run.keys.get("data.report") is not False]
@@ -108,15 +114,7 @@ def load_runs(paths: Sequence[Path]) -> LoadedRuns:
     hidden = {run.folder for run in ended if run.keys.get("data.report") is False} if reporting else set()
     if hidden:
         runs, finished = [run for run in runs if run.folder not in hidden], reporting
-    return LoadedRuns(runs, finished, splits, [*skipped, *unread_tasks], len(hidden))
-
-
-def _reported_splits(records: Iterable[dict[str, Any]]) -> list[str]:
-    """Return the splits that were scored once, at the end; selection only if no run has another one."""
-    splits = {key.split("/")[0] for record in records for key in record["metrics"] if "/" in key}
-    order = ("validation", "test", *sorted(splits))
-    reported = [split for split in dict.fromkeys(order) if split in splits - {"train", "selection"}]
-    return reported or [split for split in ("selection",) if split in splits] or ["validation"]
+    return LoadedRuns(runs, finished, [*skipped, *unread_tasks], len(hidden))
 
 
 def _unfinished(run: RecordedRun) -> Missing:

@@ -23,7 +23,6 @@ from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.analysis.significance import BASELINE
 from lora_bench.analysis.table import Column, Stat, Table
 from lora_bench.config.groups import model_name
 from lora_bench.config.metric_names import display_name
@@ -69,8 +68,8 @@ def add_costs(table: Table, target: float | None = None) -> Table:
     for i, row in enumerate(rows):
         if _choice(table, row, "adapter") == "full" and not row.unlearned:
             group = _comparable_group(table, row)
-            is_baseline = row.finding is not None and row.finding.verdict == BASELINE
-            if group not in full or is_baseline or (row.chosen and not rows[full[group]].chosen):
+            kept = rows[full[group]] if group in full else None
+            if kept is None or row.is_baseline or (row.chosen and not kept.chosen and not kept.is_baseline):
                 full[group] = i  # the best comes first
     targets = {group: target or _final_score(table, rows[i]) for group, i in full.items()}
     for i, row in enumerate(rows):

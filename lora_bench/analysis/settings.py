@@ -21,7 +21,7 @@ from lora_bench.errors import Code, UserError, nearest
 from lora_bench.records.run_folder import is_prompted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 GROUPS = ("model", "adapter", "prompt", "data", "optimizer", "trainer")
@@ -64,7 +64,7 @@ class RecordedRun:
     folder: Path
     record: dict[str, Any]
     keys: dict[str, Any]
-    """Choices, flat configuration and `DATA_KEYS` (`data.fingerprint` is that of the reported splits)."""
+    """Choices, flat configuration and `DATA_KEYS` (`data.fingerprint` is that of `split`)."""
     tokens: dict[str, str]
     """`keys` with values as text, so that equal values have equal text (16 and 16.0)."""
 
@@ -80,6 +80,11 @@ class RecordedRun:
         return self.data if task == "binary mcc" else f"{self.data} {task}"
 
     @property
+    def split(self) -> str:
+        """The reported split by which runs are compared."""
+        return main_split(self.record)
+
+    @property
     def form(self) -> str:
         """The form of the task: a key of `MAIN_METRIC_CHOICES`."""
         return recorded_form(self.record)
@@ -90,13 +95,28 @@ class RecordedRun:
         return main_metric(self.record)
 
 
-def describe_run(folder: Path, record: dict[str, Any], splits: Sequence[str]) -> RecordedRun:
+def reported_splits(records: Iterable[dict[str, Any]]) -> list[str]:
+    """Return the splits that were scored once, at the end, the main one first; selection only if there is no other."""
+    splits = {key.split("/")[0] for record in records for key in record["metrics"] if "/" in key}
+    order = ("validation", "test", *sorted(splits))
+    reported = [split for split in dict.fromkeys(order) if split in splits - {"train", "selection"}]
+    return reported or [split for split in ("selection",) if split in splits] or ["validation"]
+
+
+def main_split(record: dict[str, Any]) -> str:
+    """Return the reported split by which a run is compared: validation, if the run was scored on it, else test.
+
+    A run without both has another one, or selection.
+    """
+    return reported_splits([record])[0]
+
+
+def describe_run(folder: Path, record: dict[str, Any]) -> RecordedRun:
     """Return a run prepared for comparison with others.
 
     Args:
         folder: the run's folder.
         record: its `run.json`.
-        splits: the reported splits, whose fingerprint identifies the data.
     """
     choices = {group: record["choices"][group] for group in GROUPS if record["choices"].get(group) is not None}
     if "model" in choices:
@@ -106,7 +126,7 @@ def describe_run(folder: Path, record: dict[str, Any], splits: Sequence[str]) ->
     if isinstance(fingerprint, dict):
         if "train" in fingerprint:
             keys["data.fingerprint.train"] = fingerprint["train"]
-        fingerprint = " ".join(str(fingerprint[split]) for split in splits if split in fingerprint)
+        fingerprint = fingerprint.get(main_split(record))
     if fingerprint:
         keys["data.fingerprint"] = fingerprint
     if isinstance(rows, dict) and "train" in rows:

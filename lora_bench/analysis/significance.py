@@ -33,6 +33,10 @@ NOT_TESTED = "not tested"
 NO_VERDICT = "no verdict"
 
 
+NEED_SEVERAL_LABELS = ("mcc", "pearson", "spearman", "r2")
+"""Metrics that are 0 / 0 where all examples have the same label."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """The test of a row against the baseline: the row's metric minus the baseline's. An unknown value is None."""
@@ -61,7 +65,7 @@ class Finding:
     detectable: float | None = None
     """True difference that is detected with a probability of 80 %, at the same level."""
     seeds_needed: int | None = None
-    """Seeds that would detect `difference`, or the margin if it is larger, with 80 %; None if no number is enough."""
+    """Seeds that would detect `statistics.deciding_difference` with 80 %; None if no number is enough."""
     examples_needed: int | None = None
     """Examples that would, with as many seeds as are proposed at most; None if `seeds_needed` is known."""
     paired_seeds: int | None = None
@@ -98,7 +102,7 @@ def compare_with_baseline(
     pairs = [_pair_seeds(table, read, rival, baseline, measure) for rival in rivals]
     tests = {i: pair.test(measure) for i, pair in enumerate(pairs) if pair.ours}
     tests |= _with_pooled_seeds({i: tests[i] for i in tests if _can_be_pooled(pairs[i], rivals[i], baseline)}, pairs)
-    counted = {i: test for i, test in tests.items() if test.seeds > 1 or pairs[i].fixed}
+    counted = {i: test for i, test in tests.items() if (test.seeds > 1 or pairs[i].fixed) and test.can_exclude(margin)}
     p_holm = dict(zip(counted, statistics.holm([test.p for test in counted.values()]), strict=True))
     p_margin = dict(zip(counted, statistics.holm([test.p_beyond(margin) for test in counted.values()]), strict=True))
     level, name, findings = ALPHA / max(1, len(counted)), table.label(baseline), []
@@ -107,16 +111,16 @@ def compare_with_baseline(
             findings.append(Finding(name, NOT_TESTED, measure, pair.why))
             continue
         test = tests[i]
-        low, high = test.interval()
+        low, high = test.interval() if test.can_exclude(margin) else (None, None)
         finding = Finding(
             baseline=name,
             verdict=NO_VERDICT,
             measure=measure,
-            why="only one seed, so the spread over seeds is unknown",
+            why=_why_no_verdict(test, margin),
             difference=test.difference,
             difference_low=low,
             difference_high=high,
-            p=test.p,
+            p=None if low is None else test.p,
             paired_seeds=test.seeds,
             examples=test.examples,
             **pair.usual_tests(measure),
@@ -128,16 +132,23 @@ def compare_with_baseline(
                 why=pair.why,
                 p_holm=p_holm[i],
                 p_margin=p_margin[i],
-                power=test.power(margin, level),
-                detectable=test.detectable(alpha=level),
+                power=test.power(margin, level) if test.error else None,
+                detectable=test.detectable(alpha=level) if test.error else None,
             )
             if finding.verdict == "inconclusive":
-                target = max(abs(test.difference), margin)
+                target = statistics.deciding_difference(test.difference, margin)
                 seeds = None if pairs[i].fixed else test.seeds_needed(target, level)
                 examples = test.examples_needed(target, level) if seeds is None else None
                 finding = replace(finding, seeds_needed=seeds, examples_needed=examples)
         findings.append(finding)
     return findings
+
+
+def _why_no_verdict(test: Comparison, margin: float) -> str:
+    """Return the reason that a test gives no verdict."""
+    if test.can_exclude(margin):
+        return "only one seed, so the spread over seeds is unknown"
+    return f"no spread shows, and {test.examples:,} examples are too few to exclude a difference of {margin:g}"
 
 
 def _can_be_pooled(pair: _Pair, rival: Row, baseline: Row) -> bool:
@@ -181,7 +192,7 @@ class _Pair:
     seeds: Sequence[str] = ()
     """The seed of each pair of predictions."""
     fixed: bool = False
-    """Both are prompted runs, which trained nothing, so that there is no chance over seeds."""
+    """Both are a single prompted run, which trained nothing, so that there is no chance over seeds."""
     trained: bool = True
     """Neither is a prompted run."""
     why: str | None = None
@@ -241,7 +252,8 @@ def _pair_seeds(table: Table, read: _Reader, rival: Row, baseline: Row, measure:
     """Return the predictions of the seeds that both rows have, on the same examples, where they give the measure."""
     ours, theirs = (_by_seed(table, row.folders) for row in (rival, baseline))
     fixed = [all(_is_fixed(table.records[folder]) for folder in seeds.values()) for seeds in (ours, theirs)]
-    if fixed == [True, True]:
+    single = fixed == [True, True] and len(ours) == len(theirs) == 1
+    if single:
         ours, theirs = ({None: next(iter(seeds.values()))} for seeds in (ours, theirs))
     elif fixed[0] and len(ours) == 1:
         ours = dict.fromkeys(theirs, *ours.values())
@@ -273,11 +285,11 @@ def _pair_seeds(table: Table, read: _Reader, rival: Row, baseline: Row, measure:
     sides = list(zip(*pairs.values(), strict=True))
     if any(all(predictions.is_constant for predictions in side) for side in sides):
         output = "number" if measure in MAIN_METRIC_CHOICES["regression"] else "label"
-        return _Pair(
-            [], [], fixed=all(fixed), why=f"one side predicts the same {output} for all examples, in every seed"
-        )
+        return _Pair([], [], why=f"one side predicts the same {output} for all examples, in every seed")
+    if sides and measure in NEED_SEVERAL_LABELS and len(set(sides[0][0].labels.tolist())) == 1:
+        return _Pair([], [], why=f"{display_name(measure)} is not defined, since all examples have the same label")
     ours_paired, theirs_paired = map(list, sides) if sides else ([], [])
-    return _Pair(ours_paired, theirs_paired, list(pairs), all(fixed), not any(fixed), reason)
+    return _Pair(ours_paired, theirs_paired, list(pairs), single, not any(fixed), reason)
 
 
 def _by_seed(table: Table, folders: Sequence[Path]) -> dict[Any, Path]:

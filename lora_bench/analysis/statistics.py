@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 """Default confidence of an interval."""
 
+ROUNDING = 1e-10
+"""Differences between metrics below this are rounding errors."""
+
 MAX_SEEDS = 20
 """Largest number of seeds that is proposed."""
 
@@ -54,7 +57,7 @@ def interval(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
 
 def interval_from_std(mean: float, std: float | None, n: int, confidence: float = CONFIDENCE) -> Interval:
     """Return Student's t interval from the mean, the sample standard deviation and the number of values."""
-    if not std:
+    if std is None or std < ROUNDING:
         return Interval(mean, std, None, None, n)
     half = _t_quantile((1 - confidence) / 2, n - 1) * std / math.sqrt(n)
     return Interval(mean, std, mean - half, mean + half, n)
@@ -62,7 +65,7 @@ def interval_from_std(mean: float, std: float | None, n: int, confidence: float 
 
 def all_equal(values: ArrayLike) -> bool:
     """Return whether values over seeds show no spread: they are equal up to rounding."""
-    return float(np.ptp(np.asarray(values, float))) < 1e-10
+    return float(np.ptp(np.asarray(values, float))) < ROUNDING
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,15 @@ class Comparison:
     def error(self) -> float:
         """Standard error of the difference."""
         return math.sqrt(self.by_seeds + self.by_examples)
+
+    def can_exclude(self, difference: float) -> bool:
+        """Return whether the comparison says anything about a true `difference`.
+
+        Where no spread shows, neither over seeds nor over examples, the error is 0 however few examples there are. Then
+        up to 3 / N of all examples may differ (95 % bound of a share of which N examples show none, Hanley &
+        Lippman-Hand 1983).
+        """
+        return self.error > 0 or difference * self.examples >= 3
 
     @property
     def p(self) -> float:
@@ -162,19 +174,18 @@ class Comparison:
     def seeds_needed(self, difference: float, alpha: float = 0.05, chance: float = 0.8) -> int | None:
         """Return the smallest number of seeds that detects a true `difference` with probability `chance`.
 
-        The search begins at the comparison's own number of seeds, at least 2: a smaller number is never returned. For
-        a comparison of one seed the variance from seeds counts as 0. None if `MAX_SEEDS` seeds do not suffice, for
-        example because the examples are too few.
+        It is above the comparison's own number of seeds. For a comparison of one seed the variance from seeds counts as
+        0. None if `MAX_SEEDS` seeds do not suffice, for example because the examples are too few.
         """
-        counts = range(max(2, self.seeds), MAX_SEEDS + 1)
+        counts = range(self.seeds + 1, MAX_SEEDS + 1)
         return next((n for n in counts if self.rescaled(n, self.examples).power(difference, alpha) >= chance), None)
 
     def examples_needed(self, difference: float, alpha: float = 0.05, chance: float = 0.8) -> int | None:
         """Return the number of examples, to two digits, that do so with `MAX_SEEDS` seeds; None if none does.
 
-        A comparison of more seeds keeps them.
+        It is above the comparison's own number of examples. A comparison of more seeds keeps them.
         """
-        n = float(max(self.examples, 2))
+        n = 1.25 * max(self.examples, 2)
         for _ in range(60):
             if self.rescaled(max(MAX_SEEDS, self.seeds), int(n)).power(difference, alpha) >= chance:
                 step = 10 ** (len(str(int(n))) - 2) if n >= 10 else 1
@@ -333,6 +344,14 @@ def choose_verdict(difference: float, p: float, p_beyond: float, alpha: float = 
     return "equivalent" if p_beyond <= alpha else "inconclusive"
 
 
+def deciding_difference(difference: float, margin: float) -> float:
+    """Return the difference that has to be detected to decide an inconclusive comparison.
+
+    It is the observed difference, or what lies between it and the margin if that is more.
+    """
+    return max(abs(difference), margin - abs(difference))
+
+
 def mcnemar_power(examples: int, only_a: float, only_b: float, alpha: float = 0.05) -> float:
     """Return the probability that mid-p McNemar rejects, summed exactly over the number of discordant examples.
 
@@ -345,6 +364,8 @@ def mcnemar_power(examples: int, only_a: float, only_b: float, alpha: float = 0.
     from scipy.special import bdtr
 
     rate = only_a + only_b
+    if not rate:
+        return 0.0
 
     def pmf(k: NDArray[Any], n: ArrayLike, p: float) -> Floats:
         below: Floats = np.where(k > 0, bdtr(k - 1.0, np.asarray(n), p), 0.0)

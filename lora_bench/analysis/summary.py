@@ -25,7 +25,7 @@ from lora_bench.analysis.settings import (
     group_runs,
     is_implied,
 )
-from lora_bench.analysis.significance import BASELINE, MARGIN
+from lora_bench.analysis.significance import MARGIN
 from lora_bench.analysis.table import Column, Row, Stat, Table
 from lora_bench.config.metric_names import ALL_MAIN_METRICS, MAIN_METRIC_CHOICES, display_name
 from lora_bench.config.recorded_task import main_metric
@@ -96,11 +96,13 @@ def summarise(
     view = view or View()
     if measure is not None:
         _check_measure(measure, loaded.finished)
-    table = _settings_table(loaded, by, measure)
-    table = add_verdicts(table, loaded.splits[0], baseline, margin)
+    by_keys = None if by is None else [key.strip() for key in by.split(",")]
+    runs = loaded.newest(by_keys or ())
+    table = _settings_table(loaded, runs, by_keys, measure)
+    table = add_verdicts(table, baseline, margin)
     table = add_costs(table, target)
     table = add_decisions(table, margin)
-    table = replace(table, settings=table.rows, rows=_visible(table.rows, view), notes=_notes(table, loaded))
+    table = replace(table, settings=table.rows, rows=_visible(table.rows, view), notes=_notes(table, loaded, runs))
     table = replace(table, rows=mark_best(table))
     table = limit(sort_rows(table, view.sort), view.top)
     return replace(table, tests=readable_tests(table), savings=readable_savings(table))
@@ -128,21 +130,23 @@ def _check_measure(measure: str, runs: Sequence[RecordedRun]) -> None:
 # -- rows --
 
 
-def _settings_table(loaded: LoadedRuns, by: str | None, measure: str | None) -> Table:
+def _settings_table(
+    loaded: LoadedRuns, runs: Sequence[RecordedRun], by_keys: Sequence[str] | None, measure: str | None
+) -> Table:
     """Return the table of all settings, best first, with the chosen setting of each method marked.
 
     Args:
-        loaded: the runs.
-        by: the option `--by`.
+        loaded: all runs.
+        runs: the finished ones to show.
+        by_keys: the keys of the option `--by`; None: it is not given.
         measure: the metric to test; None: the main metric of the runs.
     """
-    runs, keys = loaded.newest, loaded.keys
+    keys = loaded.keys
     varying = [key for key in keys if differs(key, runs)]
     shown_keys = [key for key in varying if not is_implied(key, varying, runs)]
-    if by is None:
+    if by_keys is None:
         method_keys = [key for key in shown_keys if key not in TUNED_KEYS]
     else:
-        by_keys = [key.strip() for key in by.split(",")]
         for key in by_keys:
             check_key("--by", key, all_keys(loaded.all), shown_keys)
         data_keys = [key for key in shown_keys if key.split(".")[0] == "data" and key not in by_keys]
@@ -156,29 +160,27 @@ def _settings_table(loaded: LoadedRuns, by: str | None, measure: str | None) -> 
         settings = group_runs(method, keys)
         chosen = choose_setting(settings)
         for i, setting in enumerate(settings):
-            row = _row(setting, shown_keys, metrics | costs, loaded.splits[0])
+            row = _row(setting, shown_keys, metrics | costs)
             row = replace(row, method=number, chosen=i == chosen, measure=measure or setting[0].main_metric)
             rows.append(row)
     records = {run.folder: run.record for run in loaded.all}
-    main_metrics = dict.fromkeys(run.main_metric for run in runs) or ["mcc"]
-    main = {name: metrics[f"{loaded.splits[0]}/{name}"].name for name in main_metrics}
-    in_order = [column.name for column in metrics.values() if column.name in main.values()]
+    main = {f"{run.split}/{run.main_metric}" for run in runs} or {f"{loaded.splits[0]}/mcc"}
+    in_order = [column.name for source, column in metrics.items() if source in main]
     intervals = [Column(f"{name} 95 %", "interval", of=name) for name in in_order]
     names = [Column(NAME, "text")] if NAME not in shown_keys and any(NAME in row.keys for row in rows) else []
     columns = [*(Column(key, "key") for key in shown_keys), *names, *metrics.values(), *intervals, *costs.values()]
-    return Table(columns, _best_first(rows, main, records), [], loaded.missing, records)
+    return Table(columns, _best_first(rows, metrics, records), [], loaded.missing, records)
 
 
-def _row(runs: Sequence[RecordedRun], shown_keys: Sequence[str], columns: dict[str, Column], split: str) -> Row:
+def _row(runs: Sequence[RecordedRun], shown_keys: Sequence[str], columns: dict[str, Column]) -> Row:
     """Return the row of a setting.
 
     Args:
         runs: of the setting.
         shown_keys: its key columns.
         columns: metrics and costs, by key in run.json.
-        split: the main reported split, which says whether a run learned something.
     """
-    stats = {}
+    stats, split = {}, runs[0].split
     for source, column in columns.items():
         section, _, name = source.partition(".")
         path = ("metrics", source) if column.format == "metric" else (section, name)
@@ -189,7 +191,8 @@ def _row(runs: Sequence[RecordedRun], shown_keys: Sequence[str], columns: dict[s
     names = {run.keys.get(NAME) for run in runs} - {None}
     keys |= {NAME: names.pop()} if len(names) == 1 and NAME not in keys else {}
     unlearned = sum(_failure(run.record, split) is not None for run in runs)
-    return Row(keys, stats, len(runs), [run.folder for run in runs], data=runs[0].block, unlearned=unlearned)
+    folders = [run.folder for run in runs]
+    return Row(keys, stats, len(runs), folders, data=runs[0].block, split=split, unlearned=unlearned)
 
 
 def _failure(record: dict[str, Any], split: str) -> str | None:
@@ -216,17 +219,18 @@ def _stat(values: Sequence[Any]) -> Stat | None:
     return Stat(mean, std, n) if std is None or math.isfinite(std) else None
 
 
-def _best_first(rows: Sequence[Row], columns: dict[str, str], records: dict[Path, dict[str, Any]]) -> list[Row]:
+def _best_first(rows: Sequence[Row], columns: dict[str, Column], records: dict[Path, dict[str, Any]]) -> list[Row]:
     """Return the rows grouped by data, the block with the best value first, and best first within a block.
 
     Args:
         rows: of all data sets.
-        columns: the column of each main metric.
+        columns: of the metrics, by key in run.json.
         records: `run.json` by folder.
     """
 
     def position(row: Row) -> float:
-        stat = row.stats.get(columns[main_metric(records[row.folders[0]])])
+        column = columns.get(f"{row.split}/{main_metric(records[row.folders[0]])}")
+        stat = None if column is None else row.stats.get(column.name)
         return math.inf if stat is None else -stat.mean
 
     blocks: dict[str | None, list[Row]] = {}
@@ -248,17 +252,16 @@ def _visible(rows: Sequence[Row], view: View) -> list[Row]:
         or view.all_settings
         or len(methods[row.data]) == 1
         or row.method not in chosen_methods
-        or (row.finding is not None and row.finding.verdict == BASELINE)
+        or row.is_baseline
     ]
 
 
 # -- notes --
 
 
-def _notes(table: Table, loaded: LoadedRuns) -> list[str]:
-    """Return the table's notes, with those about the runs that limit what it shows."""
-    runs = loaded.newest
-    notes = [*_choice_notes(table), *table.notes, *_unlearned_notes(table, loaded.splits[0])]
+def _notes(table: Table, loaded: LoadedRuns, runs: Sequence[RecordedRun]) -> list[str]:
+    """Return the table's notes, with those about the runs of the table that limit what it shows."""
+    notes = [*_choice_notes(table), *table.notes, *_unlearned_notes(table)]
     notes += _caveats(table.rows, runs, len(loaded.finished) - len(runs), loaded.splits)
     notes += unreadable_notes(run.record for run in runs)
     notes += altered_notes((run.folder, run.record) for run in loaded.all)
@@ -323,13 +326,13 @@ def _edge_notes(table: Table, methods: Sequence[Sequence[Row]]) -> list[str]:
     return [f"at the edge of the values tried, so that one beyond it may be better: {'; '.join(edges)}"]
 
 
-def _unlearned_notes(table: Table, split: str) -> list[str]:
+def _unlearned_notes(table: Table) -> list[str]:
     """Return the note about the runs that learned nothing."""
     reasons = [
         (row, reason)
         for row in table.rows
         for folder in row.folders
-        if (reason := _failure(table.records[folder], split)) is not None
+        if (reason := _failure(table.records[folder], row.split)) is not None
     ]
     if not reasons:
         return []

@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lora_bench.analysis.significance import BASELINE
 from lora_bench.console.format import format_duration, format_number, to_single_line
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class Row:
     """The identity of the data, the form of task and the main metric; rows are comparable if it is equal."""
     measure: str = "mcc"
     """The metric that is tested: that of `--measure`, else the main metric of the runs."""
+    split: str = "validation"
+    """The reported split that is tested."""
     finding: Finding | None = None
     """The test against the baseline."""
     saved: dict[str, float] | None = None
@@ -93,6 +96,11 @@ class Row:
     def learned(self) -> bool:
         """Return whether at least half of the runs learned something."""
         return 2 * self.unlearned <= self.n
+
+    @property
+    def is_baseline(self) -> bool:
+        """Return whether the other rows on the data are tested against this one."""
+        return self.finding is not None and self.finding.verdict == BASELINE
 
 
 @dataclass(frozen=True)

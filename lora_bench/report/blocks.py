@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.analysis.decision import block_label
 from lora_bench.analysis.settings import TUNED_KEYS, mean_selection_score
-from lora_bench.analysis.significance import BASELINE
 from lora_bench.analysis.table import format_cell, format_value
 from lora_bench.config.metric_names import display_name
 from lora_bench.config.recorded_task import label_names, main_metric, recorded_form
@@ -57,7 +56,7 @@ class Entry:
     @property
     def is_baseline(self) -> bool:
         """True if the others are tested against it."""
-        return self.row.finding is not None and self.row.finding.verdict == BASELINE
+        return self.row.is_baseline
 
 
 @dataclass(frozen=True)

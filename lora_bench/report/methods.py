@@ -117,7 +117,7 @@ def _remarks(block: Block, drawn: list[Entry]) -> str:
 
 def _has_difference(entry: Entry) -> bool:
     """Return whether an entry was compared with the baseline."""
-    return entry.row.finding is not None and entry.row.finding.difference is not None
+    return entry.row.finding is not None and entry.row.finding.difference_low is not None
 
 
 def _size(margin: float) -> str:

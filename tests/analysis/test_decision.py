@@ -127,6 +127,17 @@ def test_an_inconclusive_comparison_says_how_much_more_to_run(tmp_path: Path) ->
     assert "seed=range(" in one.sentences[1] or "examples" in one.sentences[1].split(";")[1]
 
 
+def test_a_method_that_is_ahead_on_selection_but_worse_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    for adapter, quality, selection in (("full", 1.0, 0.85), ("lora", 1.05, 0.9), ("dora", -1.5, 0.95)):
+        for seed in range(3):
+            make(tmp_path / f"{adapter}{seed}", adapter, seed, quality, selection=selection)
+    (one,) = summarise([tmp_path]).decisions
+    assert one.recommended is not None
+    assert (one.reason, one.recommended.keys["adapter"]) == (decision.INCONCLUSIVE, "lora")
+    assert "not ruled out" in one.headline
+    assert "not ruled out" in one.sentences[0]
+
+
 def test_one_seed_is_not_tested_and_more_are_asked_for(tmp_path: Path) -> None:
     one = decide(tmp_path, {"full": 1.0, "lora": 2.0}, seeds=1)
     assert (one.reason, one.recommended is not None and one.recommended.keys["adapter"]) == (decision.UNTESTED, "lora")

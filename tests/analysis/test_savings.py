@@ -99,6 +99,16 @@ def test_of_several_rows_of_full_fine_tuning_costs_are_against_the_baseline_or_t
     assert row(with_both, "lora").saved["FLOPs saved"] == pytest.approx(1 - 2 / 3)
 
 
+def test_savings_are_against_a_named_baseline_that_does_not_stand_for_its_method(tmp_path: Path) -> None:
+    for name, adapter, rate, mcc, flops in (
+        *(("plain", "full", 0.1, 0.5, 1e9), ("slow", "full", 0.2, 0.6, 4e9)),
+        ("l", "lora", 0.1, 0.5, 5e8),
+    ):
+        make(tmp_path / name, adapter, 0, [mcc], flops, config={"seed": 0, "optimizer": {"lr": rate}})
+    table = summarise([tmp_path], baseline=str(tmp_path / "plain"))
+    assert row(table, "lora").saved["FLOPs saved"] == pytest.approx(0.5)
+
+
 def test_what_was_saved_by_cause_adds_up(tmp_path: Path) -> None:
     make(tmp_path / "f", "full", 0, [0.4, 0.5, 0.6, 0.6], 3e9)
     make(tmp_path / "l", "lora", 0, [0.4, 0.6], 2.1e9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +55,27 @@ def sweep(folder: Path, qualities: dict[str, float], seeds: int = 3) -> Path:
         for seed in range(seeds):
             make(folder / f"{adapter}-{seed}", adapter, seed, predicted(quality, 10 * i + seed))
     return folder
+
+
+def on_splits(
+    folder: Path,
+    adapter: str,
+    seed: int,
+    answers: np.ndarray,
+    splits: dict[str, str],
+    data: str = "qqp",
+    labels: np.ndarray = LABELS,
+) -> None:
+    """A finished run that gives the same answers on each of these splits, which have a fingerprint each."""
+    mcc = float(confusion.compute_metric(confusion.confusion_counts(labels, answers)))
+    choices = {"model": "bert", "adapter": adapter, "data": data}
+    config = {"adapter": {"method": adapter}, "seed": seed}
+    run = Run.claim(folder, choices=choices, config=config, overrides=[])
+    for split in splits:
+        run.write_predictions(split, np.arange(len(labels)), labels, np.where(answers, 0.8, 0.3))
+    metrics = {f"{split}/mcc": mcc for split in (*splits, "selection")}
+    run.update(metrics=metrics, data={"fingerprint": splits, "rows": dict.fromkeys(splits, len(labels))})
+    run.finish("done")
 
 
 def verdicts(table: Table) -> dict[str, str]:
@@ -305,6 +327,71 @@ def test_predictions_that_cannot_be_used_are_told_and_left_out(tmp_path: Path, h
         assert result.paired_seeds == 3 - seed
         assert any("1 of 1 rows" in line and (why in line or seed == 2) for line in table.notes)
     assert result.verdict == "no verdict"
+
+
+def test_few_examples_without_any_difference_show_no_equivalence(tmp_path: Path) -> None:
+    """Eight equal answers leave room for a difference of 3 / 8."""
+    for adapter in ("full", "lora"):
+        for seed in range(3):
+            labels = np.arange(8) % 2
+            on_splits(tmp_path / f"{adapter}{seed}", adapter, seed, labels, {"validation": "one"}, labels=labels)
+    result = finding(summarise([tmp_path]), "lora")
+    assert (result.verdict, result.difference) == ("no verdict", 0.0)
+    assert (result.p, result.difference_low, result.detectable) == (None, None, None)
+    assert "8 examples" in result.why
+
+
+def test_equal_labels_have_no_mcc_to_test_but_an_accuracy(tmp_path: Path) -> None:
+    labels = np.ones(N, int)
+    for adapter, share in (("full", 0.3), ("lora", 0.9)):
+        for seed in range(3):
+            answers = (np.random.default_rng(seed).random(N) < share).astype(int)
+            on_splits(tmp_path / f"{adapter}{seed}", adapter, seed, answers, {"validation": "one"}, labels=labels)
+    result = finding(summarise([tmp_path], baseline="full"), "lora")
+    assert result.verdict == "not tested"
+    assert "same label" in result.why
+    assert finding(summarise([tmp_path], baseline="full", measure="accuracy"), "lora").verdict == "better"
+
+
+def test_prompts_with_several_seeds_are_tested_over_all_of_them(tmp_path: Path) -> None:
+    """The seed chooses the examples in the prompt: one seed is ahead, two are behind."""
+    for seed, quality in enumerate((2.0, -3.0, -3.0)):
+        make(tmp_path / f"big{seed}", "big", seed, predicted(quality, seed), config={"llm": {"model": "m"}})
+        make(tmp_path / f"small{seed}", "small", seed, predicted(0.0, 10 + seed), config={"llm": {"model": "m"}})
+    result = finding(summarise([tmp_path], baseline="small"), "big")
+    means = [fmean(_mcc(tmp_path / f"{name}{seed}") for seed in range(3)) for name in ("big", "small")]
+    assert result.paired_seeds == 3
+    assert result.difference == pytest.approx(means[0] - means[1])
+    assert result.verdict == "inconclusive"
+
+
+def _mcc(folder: Path) -> float:
+    return float(json.loads((folder / "run.json").read_text())["metrics"]["validation/mcc"])
+
+
+@pytest.mark.parametrize("where", [None, "data=imdb"])
+def test_data_with_a_test_split_only_is_tested_beside_data_with_validation(tmp_path: Path, where: str | None) -> None:
+    for i, (adapter, quality) in enumerate({"full": 0.0, "dora": 1.5}.items()):
+        for seed in range(3):
+            answers = predicted(quality, 10 * i + seed)
+            on_splits(tmp_path / f"qqp-{adapter}{seed}", adapter, seed, answers, {"validation": "one"}, "qqp")
+            on_splits(tmp_path / f"imdb-{adapter}{seed}", adapter, seed, answers, {"test": "two"}, "imdb")
+    for seed in range(3):
+        guesses = np.random.default_rng(seed).permutation(LABELS)
+        on_splits(tmp_path / f"imdb-vera{seed}", "vera", seed, guesses, {"test": "two"}, "imdb")
+    rows = [row for row in summarise([tmp_path], where=where).rows if row.split == "test"]
+    found = {row.keys["adapter"]: row.finding.verdict for row in rows if row.finding}
+    assert found == {"full": "baseline", "dora": "better", "vera": "worse"}
+    assert {row.keys["adapter"]: row.unlearned for row in rows} == {"full": 0, "dora": 0, "vera": 3}
+    assert [row.keys["adapter"] for row in rows if row.recommended] == ["dora"]
+
+
+def test_a_run_that_lacks_the_test_split_is_compared_on_validation(tmp_path: Path) -> None:
+    for seed in range(3):
+        splits = {"validation": "one", "test": "tt"}
+        on_splits(tmp_path / f"lora{seed}", "lora", seed, predicted(0.0, seed), splits, "snli")
+        on_splits(tmp_path / f"dora{seed}", "dora", seed, predicted(1.5, 10 + seed), {"validation": "one"}, "snli")
+    assert verdicts(summarise([tmp_path])) == {"lora": "baseline", "dora": "better"}
 
 
 def test_rows_on_other_data_are_not_tested_together(tmp_path: Path) -> None:

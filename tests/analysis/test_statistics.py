@@ -53,6 +53,7 @@ def test_the_interval_is_scipys_and_one_value_has_none() -> None:
     assert (result.low, result.high) == pytest.approx((low, high))
     assert statistics.interval([0.5]) == statistics.Interval(0.5, None, None, None, 1)
     assert statistics.interval([0.5, 0.5]) == statistics.Interval(0.5, 0.0, None, None, 2)
+    assert statistics.interval([0.7] * 3).low is None  # their standard deviation is a rounding error
 
 
 def test_the_seeds_test_is_scipys_paired_t_test() -> None:
@@ -352,7 +353,24 @@ def test_mcnemar_rejects_as_often_as_it_should_and_finds_what_theory_says() -> N
         return float((statistics._mid_p(draws[:, 0], draws[:, 1]) <= 0.05).mean())
 
     assert rejects(0.04, 0.04) == pytest.approx(0.05, abs=0.01)
+    assert statistics.mcnemar_power(100, 0.0, 0.0) == 0.0
     assert rejects(0.045, 0.035) == pytest.approx(statistics.mcnemar_power(5000, 0.045, 0.035), abs=0.03)
+
+
+def test_an_undecided_comparison_is_told_to_run_more_than_it_has() -> None:
+    test = statistics.Comparison("mcc", 0.0055, 1e-5, 0.0, 10, 1000)
+    assert test.power(0.01) >= 0.8
+    assert (test.seeds_needed(0.01), statistics.deciding_difference(0.0055, 0.01)) == (11, 0.0055)
+    assert statistics.deciding_difference(-0.002, 0.01) == pytest.approx(0.008)
+    assert statistics.deciding_difference(0.02, 0.01) == 0.02
+    fixed = statistics.Comparison("mcc", 0.0055, 0.0, 1e-6, 1, 300)
+    assert (fixed.examples_needed(0.01) or 0) > 300
+
+
+def test_without_any_spread_few_examples_exclude_nothing() -> None:
+    assert not statistics.Comparison("accuracy", 0.0, 0.0, 0.0, 3, 299).can_exclude(0.01)
+    assert statistics.Comparison("accuracy", 0.0, 0.0, 0.0, 3, 300).can_exclude(0.01)
+    assert statistics.Comparison("accuracy", 0.0, 0.0, 1e-9, 3, 8).can_exclude(0.01)
 
 
 def test_a_comparison_of_many_seeds_is_not_told_to_run_fewer() -> None:
