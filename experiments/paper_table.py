@@ -60,9 +60,9 @@ ROWS = (
     Row("Gemma 3 270M", "prompt with 4 examples", "decoders/prompted/few_shot", pairs=300),
     Row("Gemma 3 270M", "LoRA", "decoders/words/lora"),
     Row("MiniLM", "LoRA", MINILM, "adapter=lora"),
-    Row("MiniLM", "LoRA, recipe of enhanced", MINILM, "experiment=recipe adapter=lora"),
-    Row("MiniLM", "full, recipe of enhanced", MINILM, "experiment=recipe adapter=full"),
-    Row("MiniLM", "enhanced", MINILM, "experiment=enhanced"),
+    Row("MiniLM", "LoRA, with the recipe", MINILM, "experiment=recipe adapter=lora"),
+    Row("MiniLM", "full, with the recipe", MINILM, "experiment=recipe adapter=full"),
+    Row("MiniLM", "enhanced, with the recipe", MINILM, "experiment=enhanced"),
 )
 
 

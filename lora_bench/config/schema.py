@@ -88,7 +88,7 @@ class Head:
 
     def __post_init__(self) -> None:
         """Refuse a negative number of batches, and an unknown kind of differences."""
-        require_number("fit_batches", self.fit_batches, 0)
+        require_number("fit_batches", self.fit_batches, 0, 10_000)
         if self.differences is not None:
             require_one_of("differences", self.differences, ("absolute", "signed"))
 
@@ -358,7 +358,7 @@ class Trainer:
     epochs: float
     """Passes over the training data; may be a fraction."""
     max_steps: int | None
-    """Maximum optimizer updates, in place of `epochs`; null: `epochs` decides."""
+    """Optimizer updates, in place of `epochs`; null: `epochs` decides."""
     batch_size: int
     """Examples per optimizer update."""
     micro_batch_size: int | None
@@ -448,12 +448,14 @@ class Trainer:
             UserError: naming the key, as for an unknown objective, precision or device. Whether the device is there is
                 not checked here.
         """
-        require_number("epochs", self.epochs, 0, open_low=True)
+        require_number("epochs", self.epochs, 0, 1_000_000, open_low=True)
         require_number("batch_size", self.batch_size, 1)
         intervals = ("eval_every", "checkpoint_every", "early_stopping_patience")
-        for name in ("max_steps", "micro_batch_size", "eval_batch_size", "threads", *intervals):
+        for name in ("max_steps", "micro_batch_size", "eval_batch_size", *intervals):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), 1)
+        if self.threads is not None:
+            require_number("threads", self.threads, 1, 1024)  # the process crashes with many more
         reason = f"is not one of {', '.join(OBJECTIVES)}"
         key, objective = "trainer.objective", self.objective
         if objective is not None:
@@ -564,7 +566,7 @@ class Packing:
     workers: int | None
     """Processes that train the packs of a sweep; null: one for each GPU, one in all without a GPU."""
     halving: bool
-    """Successive halving: eliminate the worse half of a pack's jobs after 1/8, 1/4 and 1/2 of the steps. AUROC on the
+    """Successive halving: at most 4 jobs of a pack go on after 1/8 of the steps, 2 after 1/4, 1 after 1/2. AUROC on the
     selection split ranks them, or the main metric of tasks without it."""
 
     def __post_init__(self) -> None:

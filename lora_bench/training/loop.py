@@ -197,7 +197,7 @@ class PackTraining:
         Members that are `done` already are reported to the observer first. The pack is left in evaluation mode.
 
         Args:
-            halving: stop the worse half of the members at an eighth, a quarter and half of the steps.
+            halving: stop the worse members early, until one is left (`successive_halving.survivors`).
 
         Raises:
             KeyboardInterrupt: Ctrl-C was noted; checkpoints of its step are saved.

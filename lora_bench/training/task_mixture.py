@@ -126,10 +126,11 @@ class TaskMixture:
 
 
 def optimizer_steps(trainer: Trainer, steps_per_epoch: int) -> int:
-    """Return the optimizer updates that `epochs` ask for, rounded up and at least 1, but no more than `max_steps`."""
+    """Return the optimizer updates: `max_steps`, or without it those of `epochs`, rounded up and at least 1."""
+    if trainer.max_steps is not None:
+        return trainer.max_steps
     exact = trainer.epochs * steps_per_epoch
-    steps = max(1, math.ceil(round(exact, 6)))  # 1.1 epochs of 10 steps are 11, not 11.000000000000002
-    return steps if trainer.max_steps is None else min(steps, trainer.max_steps)
+    return max(1, math.ceil(round(exact, 6)))  # 1.1 epochs of 10 steps are 11, not 11.000000000000002
 
 
 def batches_per_task(sizes: Sequence[int], temperature: float) -> NDArray[np.int64]:
