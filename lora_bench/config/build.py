@@ -36,7 +36,8 @@ def check_top(cfg: DictConfig, keys: Collection[str]) -> None:
     for name in keys:
         is_there = name in cfg or name in OPTIONAL
         require(is_there, name, None, "is missing", "It cannot be left out.", code=Code.MISSING)
-    require(type(cfg.seed) is int and 0 <= cfg.seed < 2**63, "seed", cfg.seed, "must be a whole number from 0")
+    is_seed = type(cfg.seed) is int and 0 <= cfg.seed < 2**63
+    require(is_seed, "seed", cfg.seed, "must be a whole number from 0 to 2**63 - 1")
     require(type(cfg.dry_run) is bool, "dry_run", cfg.dry_run, "must be true or false")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_bench.adapters.methods import check_settings
 from lora_bench.backbones.families import build_model
-from lora_bench.config.build import build, build_annotations, build_data, resolved
+from lora_bench.config.build import build, build_annotations, build_data, check_top, resolved
 from lora_bench.config.schema import Data, Ensemble, Head, Optimizer, Packing, Trainer
 from lora_bench.errors import Code, require
 
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lora_bench.backbones.family import Family
+
+
+_GROUPS = ("model", "adapter", "head", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
+KEYS = (*_GROUPS, "tasks", "name", "tags", "notes", "seed", "resume", "dry_run")
+"""Keys at the top of a run's config."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Settings:
         Raises:
             UserError: a key is unknown or missing, or a value is of a wrong type or out of range; it names the key.
         """
-        has_method = "method" in (cfg.get("adapter") or {})
+        check_top(cfg, KEYS)
+        has_method = "method" in (cfg.adapter or {})
         build_annotations(cfg)  # only the record has them
         require(has_method, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)
         check_settings(resolved(cfg.adapter, "adapter"))

@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from lora_bench.records.job import Job
     from lora_bench.tracking.base import Tracker
 
-_GROUPS = ("model", "adapter", "head", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "tracking")
-_KEYS = (*_GROUPS, "tasks", "name", "tags", "notes", "seed", "resume", "dry_run")
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -129,12 +126,11 @@ class Experiment:
         Raises:
             UserError: a key is unknown or missing, or a value is out of range or excludes another.
         """
-        build.check_top(cfg, _KEYS)
-        require("method" in cfg.adapter, "adapter", None, "is missing", "It cannot be left out.", code=Code.MISSING)
+        settings = settings or Settings.build(cfg)
         metrics = build.build_metrics(cfg.metric)
         experiment = cls(
             adapter=build.build(method_class(str(cfg.adapter.method)), cfg.adapter, "adapter"),
-            **vars(settings or Settings.build(cfg)),
+            **vars(settings),
             metrics=metrics,
             trackers=build_trackers(cfg.get("tracking")),
             seed=cfg.seed,
