@@ -97,7 +97,7 @@ def _binary_metrics(scores: NDArray[np.float64], labels: Labels) -> dict[str, fl
         values["auroc"] = None
     values["mcc"] = float(compute_metric(confusion_counts(labels, scores >= DEFAULT_THRESHOLD)))
     likelihood = np.where(labels == 1, scores, 1 - scores)
-    values["nll"] = float(-np.log(np.clip(likelihood, SMALLEST, 1.0)).mean())
+    values["nll"] = float(-np.log(np.clip(likelihood, SMALLEST, 1.0)).mean()) + 0.0  # not -0.0
     values["brier"] = float(((scores - labels) ** 2).mean())
     values["ece"] = expected_calibration_error(scores, labels)
     return values
@@ -113,7 +113,7 @@ def _multiclass_metrics(scores: NDArray[np.float64], labels: Labels) -> dict[str
     values: dict[str, float | None] = {name: float(compute_class_metric(totals, name)) for name in _OF_CLASSES}
     values["auroc"] = macro_auroc(scores, labels)
     likelihood = scores[np.arange(N), labels]
-    values["nll"] = float(-np.log(np.clip(likelihood, SMALLEST, 1.0)).mean())
+    values["nll"] = float(-np.log(np.clip(likelihood, SMALLEST, 1.0)).mean()) + 0.0  # not -0.0
     values["brier"] = float(((scores - np.eye(C)[labels]) ** 2).sum(1).mean())
     values["ece"] = expected_calibration_error(scores, labels)
     return values
