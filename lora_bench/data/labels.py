@@ -91,13 +91,28 @@ class ClassLabels(LabelFormat):
     names: Sequence[str]
 
     def read(self, values: Sequence[Any], column: str) -> NDArray[np.int64]:
-        """Return the class numbers (N,)."""
-        texts = [class_text(value) for value in values]
+        """Return the class numbers (N,).
+
+        Values are numbers of classes unless all are names, or one is the name of a class that has another number.
+        """
+        texts = set(map(class_text, values))
         numbers = {name: number for number, name in enumerate(self.names)}
-        if not set(texts) <= numbers.keys():
-            by_number = {str(number): number for number in range(len(self.names))}
-            if sum(text in by_number for text in texts) > sum(text in numbers for text in texts):
-                numbers = by_number
+        by_number = self._by_number()
+        is_named = texts <= numbers.keys() or any(
+            number != by_number.get(name) for name, number in numbers.items() if name in texts
+        )
+        return self._look_up(values, column, numbers if is_named else by_number)
+
+    def read_numbers(self, values: Sequence[Any], column: str) -> NDArray[np.int64]:
+        """Return the class numbers (N,) of a column that is known to hold numbers; arguments and errors as `read`."""
+        return self._look_up(values, column, self._by_number())
+
+    def _by_number(self) -> dict[str, int]:
+        return {str(number): number for number in range(len(self.names))}
+
+    def _look_up(self, values: Sequence[Any], column: str, numbers: dict[str, int]) -> NDArray[np.int64]:
+        """Return the class numbers (N,), given by text; a `LabelError` names the first value that has none."""
+        texts = [class_text(value) for value in values]
         labels = [-1 if text is None else numbers.get(text, -1) for text in texts]
         if -1 in labels:
             self._refuse(values, labels.index(-1), column)
@@ -108,8 +123,7 @@ class ClassLabels(LabelFormat):
         two = len(self.names) == 2
         classes = " and ".join(map(excerpt, self.names)) if two else excerpt(list(self.names))
         reason = f"label {excerpt(values[bad])} is none of the {len(self.names)} classes {classes}"
-        numbered = list(self.names) == [str(number) for number in range(len(self.names))]
-        required = "them" if numbered else "them, or their numbers from 0,"
+        required = "them" if self._by_number().keys() & {*self.names} else "them, or their numbers from 0,"
         remedy = f"The column that data.label_column={column} names must hold {required} in every row."
         numbers = _distinct_numbers(values)
         if numbers and len(numbers) > 2 and two:
@@ -127,11 +141,15 @@ class DeclaredLabels(ClassLabels):
     """Classes whose numbers in the column follow an order of the names that the source declares (`ClassLabel`)."""
 
     declared: Sequence[str] = ()
+    has_numbers: bool = False
+    """Whole numbers in the column are numbers of classes, never names: the column itself is a `ClassLabel`."""
 
     def read(self, values: Sequence[Any], column: str) -> NDArray[np.int64]:
         """Return the class numbers (N,) in the order of `names`."""
         numbers = np.array([self.names.index(name) for name in self.declared])
-        return numbers[ClassLabels(self.declared).read(values, column)]
+        classes = ClassLabels(self.declared)
+        by_number = self.has_numbers and all(type(value) is int for value in values)
+        return numbers[(classes.read_numbers if by_number else classes.read)(values, column)]
 
 
 @dataclass(frozen=True)

@@ -72,14 +72,15 @@ def _read_tables(data: Data, tables: dict[str, Table]) -> tuple[Data, dict[str, 
     """Return settings and splits as `load` does, from the tables of the source."""
     from_hub = isinstance(data, HubData)
     first = _first_table(tables)
-    declared = list(first.declared_names.get(data.label_column, ()))
     names = data.label_names
     if data.type == "classification" and names is None:
         names = ["0", "1"] if data.label_threshold is not None else first.class_names(data.label_column)
-    label_format = _label_format(data, names, declared)
     splits = {
         split: table.examples(
-            data.text_columns, data.label_column, label_format, labels_may_hide=from_hub or split == "test"
+            data.text_columns,
+            data.label_column,
+            _label_format(data, names, table, first),
+            labels_may_hide=from_hub or split == "test",
         )
         for split, table in tables.items()
     }
@@ -91,21 +92,24 @@ def _first_table(tables: dict[str, Table]) -> Table:
     return tables.get("train") or next(iter(tables.values()))
 
 
-def _label_format(data: Data, names: Sequence[str] | None, declared: Sequence[str]) -> LabelFormat:
-    """Return the format of the label column.
+def _label_format(data: Data, names: Sequence[str] | None, table: Table, first: Table) -> LabelFormat:
+    """Return the format of the label column of a table.
 
     Args:
         data: the settings.
         names: of the classes; None for regression.
-        declared: names of the classes that the source itself declares; empty if it declares none.
+        table: to read; if it declares no names of classes, numbers follow those of `first`.
+        first: the table that names the classes.
     """
     if data.type == "regression":
         return NumberLabels()
     if data.label_threshold is not None:
         return ThresholdLabels(data.label_threshold)
     assert names is not None
-    if declared and set(declared) == set(names) and list(declared) != list(names):
-        return DeclaredLabels(tuple(names), tuple(declared))
+    has_numbers = data.label_column in table.declared_names
+    declared = (table if has_numbers else first).declared_names.get(data.label_column, ())
+    if set(declared) == set(names):
+        return DeclaredLabels(tuple(names), tuple(declared), has_numbers)
     return ClassLabels(tuple(names))
 
 

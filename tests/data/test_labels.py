@@ -28,6 +28,7 @@ def test_classes_are_read_by_name_or_by_number() -> None:
     assert nli.read(["2", "0"], "label").tolist() == nli.read([2, 0], "label").tolist() == [2, 0]
     assert ClassLabels(["1", "2", "5"]).read([5, "1", 2], "label").tolist() == [2, 0, 1]  # names, not numbers
     assert ClassLabels(["1", "0"]).read([0, 1], "label").tolist() == [1, 0]
+    assert ClassLabels(["0", "1", "5"]).read([2, 1], "label").tolist() == [2, 1]  # "1" is the name of class 1
     assert ClassLabels(["false", "true"]).read([True, False], "label").tolist() == [1, 0]
 
 
@@ -43,6 +44,16 @@ def test_a_label_that_is_no_class_is_refused(values: list[Any]) -> None:
     assert "data.label_column=answer" in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("names", "values", "position"),
+    [(["1", "2"], ["1", "0", "0"], 1), (["1", "2", "3"], [2, 0, 1], 1), (["1", "2", "5"], [0, 5], 0)],
+)
+def test_names_of_classes_are_never_read_as_other_numbers(names: list[str], values: list[Any], position: int) -> None:
+    with pytest.raises(LabelError) as caught:
+        ClassLabels(names).read(values, "stars")
+    assert caught.value.position == position
+
+
 def test_numbers_of_many_values_for_two_classes_suggest_a_threshold_and_regression() -> None:
     with pytest.raises(LabelError) as caught:
         ClassLabels(["low", "high"]).read(["0", "1", "4.5"], "score")
@@ -52,6 +63,11 @@ def test_numbers_of_many_values_for_two_classes_suggest_a_threshold_and_regressi
 def test_numbers_follow_the_names_that_the_source_declares() -> None:
     declared = DeclaredLabels(("b", "c", "a"), ("a", "b", "c"))
     assert declared.read([0, 1, 2], "label").tolist() == [2, 0, 1]
+    stars = DeclaredLabels(("1", "2", "3"), ("1", "2", "3"), has_numbers=True)
+    assert stars.read([1, 2], "label").tolist() == [1, 2]
+    assert stars.read(["1", "2"], "label").tolist() == [0, 1]  # texts are names
+    with pytest.raises(LabelError):
+        stars.read([0, 3], "label")
 
 
 @pytest.mark.parametrize(

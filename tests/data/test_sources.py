@@ -374,6 +374,23 @@ def test_names_are_inferred_from_train_and_hold_for_every_split(tmp_path: Path) 
     assert "'d'" in caught.value.reason
 
 
+def test_names_that_are_numbers_are_not_read_as_numbers_of_classes(tmp_path: Path) -> None:
+    with refuses(Code.INVALID_DATA) as caught:
+        load(write_splits(tmp_path, [1, 2, 3], [2, 1, 0]))
+    assert (caught.value.file, caught.value.row) == (str(tmp_path / "validation.jsonl"), 3)
+
+
+def test_numbers_of_a_declared_column_are_numbers_of_classes(tmp_path: Path) -> None:
+    import datasets
+
+    data = write_splits(tmp_path, ["1", "2"], [2, 1])
+    (tmp_path / "train.jsonl").unlink()
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["1", "2"])})
+    datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, 0]}, features).to_parquet(tmp_path / "train.parquet")
+    resolved, splits = load(data)
+    assert (resolved.label_names, labels_of(splits)) == (["1", "2"], [[1, 0], [1, 0]])
+
+
 def test_the_positive_label_becomes_the_second_of_two_classes(tmp_path: Path) -> None:
     data = write_splits(tmp_path, ["spam", "ham"], ["ham"])
     resolved, splits = load(data)
