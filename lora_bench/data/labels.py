@@ -10,15 +10,15 @@ import math
 import re
 import reprlib
 from abc import ABC, abstractmethod
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -32,6 +32,7 @@ _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
 _repr.maxlist = 20
 _WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_DECIMAL_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 _HIDDEN = (-1, "-1")
 
 
@@ -42,11 +43,12 @@ class LabelError(Exception):
         reason: what is wrong, as a clause.
         position: of the value in the column; None: the column as a whole.
         remedy: sentences on what to do.
+        earlier: position of another value that it contradicts, which the reason ends with.
     """
 
-    def __init__(self, reason: str, position: int | None, remedy: str = "") -> None:
+    def __init__(self, reason: str, position: int | None, remedy: str = "", earlier: int | None = None) -> None:
         super().__init__(reason)
-        self.reason, self.position, self.remedy = reason, position, remedy
+        self.reason, self.position, self.remedy, self.earlier = reason, position, remedy, earlier
 
 
 def excerpt(value: Any) -> str:
@@ -198,16 +200,17 @@ def infer_names(values: Sequence[Any], column: str) -> list[str]:
         column: its name, for messages.
 
     Raises:
-        LabelError: a value is no class (a null, an empty text, a number with a decimal point), there is one class only,
-            or there are so many that the column is probably another one.
+        LabelError: a value is no class (a null, an empty text, a number with a decimal point), a number is spelled in
+            two ways, there is one class only, or there are so many that the column is probably another one.
     """
-    counts: Counter[str] = Counter()
+    first_position: dict[str, int] = {}
     for i, value in enumerate(values):
         text = class_text(value)
         if text is None or not text:
             raise LabelError(f"label {excerpt(value)} is no class", i, _no_class_remedy(value, column))
-        counts[text] += 1
-    names = sorted(counts)
+        first_position.setdefault(text, i)
+    _check_spellings(first_position)
+    names = sorted(first_position)
     if all(map(_WHOLE_NUMBER.fullmatch, names)):
         names.sort(key=int)
     elif (numbers := _distinct_numbers(names)) and len(numbers) == len(names):
@@ -227,6 +230,27 @@ def infer_names(values: Sequence[Any], column: str) -> list[str]:
         )
         raise LabelError(reason, None, remedy)
     return names
+
+
+def _check_spellings(first_position: Mapping[str, int]) -> None:
+    """Raise a `LabelError` if two names are one number, such as 1 and 1.0.
+
+    Args:
+        first_position: of each name in the column, ascending.
+    """
+    names: dict[Decimal, str] = {}
+    for name, position in first_position.items():
+        if not _DECIMAL_NUMBER.fullmatch(name):
+            continue
+        number = Decimal(name)  # exact, where a float would take long identifiers for the same number
+        if number in names:
+            remedy = "Write the number alike in every row, or list all classes in data.label_names if the two differ."
+            if _distinct_numbers([*first_position]):
+                remedy += " If the numbers are to be predicted, give data.type=regression."
+            earlier = names[number]
+            reason = f"label {excerpt(name)} is the same number as label {excerpt(earlier)}"
+            raise LabelError(reason, position, remedy, first_position[earlier])
+        names[number] = name
 
 
 def similar_names(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -127,6 +127,8 @@ class Table:
         except LabelError as error:
             row = None if error.position is None else self.rows[error.position]
             reason = error.reason if row is not None else f"column {excerpt(column)}: {error.reason}"
+            if error.earlier is not None:
+                reason += f" of row {self.rows[error.earlier]}"
             raise UserError(reason, file=self.source, row=row, remedy=error.remedy, code=Code.INVALID_DATA) from None
 
     def _require_column(self, name: str, key: str) -> None:

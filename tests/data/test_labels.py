@@ -78,7 +78,8 @@ def test_numbers_follow_the_names_that_the_source_declares() -> None:
         (["10", "-1", "2"], ["-1", "2", "10"]),
         ([True, False], ["false", "true"]),
         (["b", 1, "a"], ["1", "a", "b"]),
-        (["01", "1"], ["01", "1"]),
+        (["1", "١", "1_0", "10"], ["1", "10", "1_0", "١"]),
+        (["1" * 30 + "1", "1" * 30 + "2"], ["1" * 30 + "1", "1" * 30 + "2"]),
         (["yes ", "yes"], ["yes", "yes "]),
         ([f"c{i % 40}" for i in range(80)], sorted(f"c{i}" for i in range(40))),
     ],
@@ -87,7 +88,11 @@ def test_names_are_the_sorted_values_of_train(values: list[Any], names: list[str
     assert infer_names(values, "label") == names
 
 
-@given(st.lists(st.text(min_size=1), min_size=2, max_size=20, unique=True), st.randoms())
+# No number in two spellings: neither leading nor trailing zeros, and no signs.
+class_names = st.text(st.characters(exclude_characters="0.+-", exclude_categories=("Cs",)), min_size=1)
+
+
+@given(st.lists(class_names, min_size=2, max_size=20, unique=True), st.randoms())
 def test_inferred_names_read_their_own_column(names: list[str], random: Any) -> None:
     column = [random.choice(names) for _ in range(50)] + names
     inferred = infer_names(column, "label")
@@ -112,6 +117,26 @@ def test_a_column_that_holds_no_classes_is_refused(values: list[Any], position: 
         infer_names(values, "label")
     assert caught.value.position == position
     assert all(part in f"{caught.value.reason} {caught.value.remedy}" for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("values", "position", "earlier"),
+    [
+        (["2", "1", "2", "1.0"], 3, 1),
+        (["01", "x", "1"], 2, 0),
+        ([1, "1", "+1"], 2, 0),
+        (["0", "-0"], 1, 0),
+        (["3.8", "5", "3.800"], 2, 0),
+    ],
+)
+def test_a_number_in_two_spellings_is_refused(values: list[Any], position: int, earlier: int) -> None:
+    with pytest.raises(LabelError) as caught:
+        infer_names(values, "label")
+    assert (caught.value.position, caught.value.earlier) == (position, earlier)
+    assert all(repr(str(values[i])) in caught.value.reason for i in (position, earlier))
+    assert ("data.type=regression" in caught.value.remedy) == ("x" not in values)
+    names = list(dict.fromkeys(map(str, values)))
+    assert ClassLabels(names).read(values, "label").tolist() == [names.index(str(value)) for value in values]
 
 
 def test_similar_names_differ_in_case_or_white_space_only() -> None:

@@ -380,6 +380,16 @@ def test_names_that_are_numbers_are_not_read_as_numbers_of_classes(tmp_path: Pat
     assert (caught.value.file, caught.value.row) == (str(tmp_path / "validation.jsonl"), 3)
 
 
+def test_a_number_in_two_spellings_is_refused_with_both_rows(tmp_path: Path) -> None:
+    data = write_splits(tmp_path, [2, 1, "1.0"], [1])
+    with refuses(Code.INVALID_DATA) as caught:
+        load(data)
+    assert (caught.value.file, caught.value.row) == (str(tmp_path / "train.jsonl"), 3)
+    assert "row 2" in caught.value.reason
+    _, splits = load(replace(data, label_names=["1", "1.0", "2"]))
+    assert labels_of(splits) == [[2, 0, 1], [0]]
+
+
 def test_numbers_of_a_declared_column_are_numbers_of_classes(tmp_path: Path) -> None:
     import datasets
 
