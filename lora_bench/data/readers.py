@@ -195,11 +195,15 @@ def find_split_files(folder: str) -> dict[str, str]:
     """Return the paths of the train, validation and test files that a folder has, by split; other files are ignored.
 
     Raises:
-        UserError: there are none, or two for one split.
+        UserError: there are none, or two for one split, or one is no regular file, such as a link that leads nowhere.
     """
     path_by_split: dict[str, str] = {}
     for split in ("train", "validation", "test"):
-        paths = [path for suffix in READERS if os.path.isfile(path := os.path.join(folder, split + suffix))]
+        paths = [path for suffix in READERS if os.path.lexists(path := os.path.join(folder, split + suffix))]
+        for path in paths:  # another split would be reported in the place of one that is passed over
+            if not os.path.isfile(path):
+                remedy = f"Give a file for {split}, or remove it."
+                raise UserError("is not a regular file", file=path, remedy=remedy, code=Code.NOT_A_FILE)
         if len(paths) > 1:
             raise UserError(
                 f"has both {' and '.join(os.path.basename(path) for path in paths)}",

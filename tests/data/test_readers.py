@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from lora_bench.data.examples import Examples
 from lora_bench.data.labels import ClassLabels
-from lora_bench.data.readers import READERS, read, read_table
+from lora_bench.data.readers import READERS, find_split_files, read, read_table
 from lora_bench.errors import Code, UserError
 from tests.command_line import refuses
 
@@ -266,6 +266,21 @@ def test_missing_files_folders_and_unknown_formats_are_refused(tmp_path: Path) -
     refusal(tmp_path / "folder.tsv", code=Code.NOT_A_FILE)
     error = refusal(write(tmp_path / "a.tsv.gz", b"\x1f\x8b"), code=Code.UNKNOWN_CHOICE)
     assert ".tsv, .csv, .jsonl, .parquet" in error.reason
+
+
+def test_a_split_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    for name in ("train.tsv", "test.tsv"):
+        write(tmp_path / name, HEADER + "a\tb\t1\n")
+    validation = tmp_path / "validation.tsv"
+    validation.symlink_to("test.tsv")
+    assert find_split_files(str(tmp_path))["validation"] == str(validation)
+    validation.unlink()
+    for make in (lambda: validation.symlink_to("absent.tsv"), validation.mkdir, lambda: os.mkfifo(validation)):
+        make()
+        with refuses(Code.NOT_A_FILE) as caught:
+            find_split_files(str(tmp_path))
+        assert caught.value.file == str(validation)
+        (validation.rmdir if validation.is_dir() else validation.unlink)()
 
 
 # --- arbitrary content ---
