@@ -154,7 +154,7 @@ class Data:
     """Sampling of tasks in a shared adapter, in proportion to rows ** (1 / temperature); at least 1."""
 
     def __post_init__(self) -> None:
-        """Check numbers and the form of lists; names of transforms are checked where they are looked up.
+        """Check numbers, columns and the form of lists; names of transforms are checked where they are looked up.
 
         Raises:
             UserError: naming the key. `max_length` is at least 8, `train_size`, `perturb_seeds` and `temperature` at
@@ -162,6 +162,12 @@ class Data:
         """
         require_one_of("source", self.source, tuple(DATA))
         require(len(self.text_columns) in (1, 2), "text_columns", self.text_columns, "must name one or two columns")
+        is_distinct = len(set(self.text_columns)) == len(self.text_columns)
+        require(is_distinct, "text_columns", self.text_columns, "names a column twice", "Name each column once.")
+        has_label = self.label_column in self.text_columns
+        reason = f"names {self.label_column}, which is data.label_column: the model would read the label"
+        remedy = "Name the columns of the texts only."
+        require(not has_label, "text_columns", self.text_columns, reason, remedy, code=Code.CONFLICT)
         if self.label_threshold is not None:
             require(
                 math.isfinite(self.label_threshold), "label_threshold", self.label_threshold, "is not a finite number"
