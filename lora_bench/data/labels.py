@@ -27,6 +27,8 @@ MAX_CLASSES = 1000
 MIN_ROWS_PER_CLASS = 2
 """Smallest mean number of rows per class that is inferred from a column of more than `FEW_CLASSES` values."""
 FEW_CLASSES = 20
+MAX_NUMBER = 1e18
+"""Largest magnitude of a number to predict, with which squared errors are within the range of float32."""
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
@@ -81,9 +83,7 @@ class _NumericLabels(LabelFormat):
 
     def is_hidden(self, values: Sequence[Any]) -> bool:
         """Return whether all labels are hidden: -1, in any spelling, in every row."""
-        with suppress(ValueError, OverflowError, TypeError):
-            return all(type(value) is not bool and float(value) == -1 for value in values)
-        return False
+        return all(_to_number(value) == -1 for value in values)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,23 @@ class NumberLabels(_NumericLabels):
     def read(self, values: Sequence[Any], column: str) -> NDArray[np.float64]:
         """Return the numbers (N,)."""
         required = f"which {column} must hold in every row; the decimal sign is a point."
-        return read_numbers(values, f"data.type=regression predicts numbers, {required}")
+        numbers = read_numbers(values, f"data.type=regression predicts numbers, {required}")
+        too_large = np.flatnonzero(np.abs(numbers) > MAX_NUMBER)
+        if len(too_large):
+            position = int(too_large[0])
+            reason = f"label {excerpt(values[position])} has a magnitude above {MAX_NUMBER:g}, the largest to predict"
+            raise LabelError(reason, position, f"Correct the row, or give {column} in another unit.")
+        return numbers
+
+
+def _to_number(value: Any) -> float:
+    """Return a number, or a text that is one, as a float; NaN for anything else, booleans included."""
+    # float() also reads 1_0, as 10, and the digits of every script.
+    is_plain = type(value) is str and value.isascii() and "_" not in value
+    if is_plain or type(value) in (int, float):
+        with suppress(ValueError, OverflowError):
+            return float(value)
+    return math.nan
 
 
 def read_numbers(values: Sequence[Any], remedy: str) -> NDArray[np.float64]:
@@ -181,11 +197,7 @@ def read_numbers(values: Sequence[Any], remedy: str) -> NDArray[np.float64]:
     Raises:
         LabelError: a value is not one, with this remedy.
     """
-    numbers = np.full(len(values), np.nan)
-    for i, value in enumerate(values):
-        if type(value) in (str, int, float):
-            with suppress(ValueError, OverflowError):
-                numbers[i] = float(value)
+    numbers = np.array([_to_number(value) for value in values], dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(numbers))
     if len(bad):
         raise LabelError(f"label {excerpt(values[bad[0]])} is not a finite number", int(bad[0]), remedy)
@@ -285,8 +297,7 @@ def _no_class_remedy(value: Any, column: str) -> str:
 
 def _distinct_numbers(values: Sequence[Any]) -> list[float]:
     """Return the distinct numbers of a column of numbers, ascending; empty if one of its values is no number."""
-    distinct = {value: None for value in values[:10_000] if type(value) in (str, int, float, bool)}
-    try:
-        return sorted({number for number in map(float, distinct) if math.isfinite(number) and number != -1})
-    except (ValueError, OverflowError):
+    numbers = {_to_number(value) for value in values[:10_000] if type(value) in (str, int, float, bool)}
+    if any(map(math.isnan, numbers)):
         return []
+    return sorted(number for number in numbers if math.isfinite(number) and number != -1)

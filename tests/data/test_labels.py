@@ -81,6 +81,7 @@ def test_numbers_follow_the_names_that_the_source_declares() -> None:
         (["1", "١", "1_0", "10"], ["1", "10", "1_0", "١"]),
         (["1" * 30 + "1", "1" * 30 + "2"], ["1" * 30 + "1", "1" * 30 + "2"]),
         (["yes ", "yes"], ["yes", "yes "]),
+        (["1_1", "2_1", "1_2"], ["1_1", "1_2", "2_1"]),
         ([f"c{i % 40}" for i in range(80)], sorted(f"c{i}" for i in range(40))),
     ],
 )
@@ -149,9 +150,21 @@ def test_similar_names_differ_in_case_or_white_space_only() -> None:
 def test_numbers_are_read_from_texts_and_numbers(label_format: LabelFormat, read: list[float]) -> None:
     for values in (["0.5", "4", "-1"], [0.5, 4, -1]):
         assert label_format.read(values, "score").tolist() == read
-    for bad in ("five", "", "nan", "4,5", None, True, float("inf"), "1e999"):
+    for bad in ("five", "", "nan", "4,5", None, True, float("inf"), "1e999", 10**400, "1_0", "١", "٣.٥"):
         with pytest.raises(LabelError) as caught:
             label_format.read(["1.0", bad], "score")
         assert caught.value.position == 1
     is_number = isinstance(label_format, NumberLabels)
     assert label_format.read(["1"], "score").dtype == (np.float64 if is_number else np.int64)
+    assert label_format.is_hidden(["-1", -1, "-1.0"])
+    assert not label_format.is_hidden(["-1", "-١"])
+
+
+@pytest.mark.parametrize("bad", [1e300, "-1e19", 10**19])
+def test_a_number_to_predict_has_a_largest_magnitude(bad: Any) -> None:
+    assert NumberLabels().read([1e18, "-1e18"], "price").tolist() == [1e18, -1e18]
+    with pytest.raises(LabelError) as caught:
+        NumberLabels().read([1, bad], "price")
+    assert caught.value.position == 1
+    assert all(word in caught.value.reason for word in (repr(bad), "1e+18"))
+    assert ThresholdLabels(4.0).read([bad, 1], "price").tolist() == [int(float(bad) > 4), 0]

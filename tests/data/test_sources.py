@@ -421,6 +421,12 @@ def test_numbers_are_loaded_for_regression(tmp_path: Path) -> None:
     assert splits["train"].fingerprint() != replace(splits["train"], labels=np.array([0.5, 5.0, 2.5])).fingerprint()
 
 
+def test_a_number_that_is_too_large_to_predict_is_refused(tmp_path: Path) -> None:
+    with refuses(Code.INVALID_DATA) as caught:
+        load(replace(write_splits(tmp_path, [1, 2.5], [2, 1e300]), type="regression"))
+    assert (caught.value.file, caught.value.row) == (str(tmp_path / "validation.jsonl"), 2)
+
+
 def test_a_selection_split_of_numbers_has_small_and_large_ones() -> None:
     values = np.linspace(0, 5, 400)
     examples = Examples(np.arange(400), ([f"t{i}" for i in range(400)],), values)
