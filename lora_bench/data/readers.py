@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -321,8 +322,8 @@ def _jsonl(source: str, raw: bytes) -> Table:
     A key that some rows lack is refused only when its column is read.
 
     Raises:
-        UserError: a line is blank, or not one JSON object without duplicate keys; the row is named. Or as
-            `split_lines`.
+        UserError: a line is blank, or not one JSON object without duplicate keys and with finite numbers; the row is
+            named. Or as `split_lines`.
     """
     objects: list[dict[str, Any]] = []
     for row, line in enumerate(split_lines(source, raw), start=1):
@@ -332,7 +333,13 @@ def _jsonl(source: str, raw: bytes) -> Table:
                 "is blank", file=source, row=row, remedy=f"Delete the line. {remedy}", code=Code.INVALID_DATA
             )
         try:
-            value = json.loads(line, object_pairs_hook=_object, parse_int=_whole_number)
+            value = json.loads(
+                line,
+                object_pairs_hook=_object,
+                parse_int=_whole_number,
+                parse_float=_finite_number,
+                parse_constant=_finite_number,
+            )
         except (ValueError, RecursionError) as error:
             # Its own message counts lines from this one.
             reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
@@ -371,6 +378,15 @@ def _whole_number(digits: str) -> int:
     if len(digits) > 4000:  # Python itself stops at 4,300
         raise ValueError(f"a number has {len(digits):,} digits")
     return int(digits)
+
+
+def _finite_number(text: str) -> float:
+    """Return a number with a decimal point or exponent in a JSON text; ValueError if it is NaN or infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        # Such a value could not be written as JSON again.
+        raise ValueError(f"{excerpt(text)} is not a finite number; null stands for an unknown value")
+    return number
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
