@@ -108,7 +108,15 @@ class Run:
     """The right to write the folder; None for a finished run."""
 
     @classmethod
-    def claim(cls, folder: Path, *, choices: Mapping[str, str], config: Mapping[str, Any], overrides: list[str]) -> Run:
+    def claim(
+        cls,
+        folder: Path,
+        *,
+        choices: Mapping[str, str],
+        config: Mapping[str, Any],
+        overrides: list[str],
+        is_task: bool = False,
+    ) -> Run:
         """Claim `folder` for a new run, and write its record with status `running` and copies of the config.
 
         Args:
@@ -116,10 +124,12 @@ class Run:
             choices: the chosen option of each config group.
             config: resolved.
             overrides: as typed.
+            is_task: the folder is that of one task inside the folder of its run.
 
         Raises:
-            UserError: the folder's name holds a secret, the folder holds a run, is claimed by another process, or
-                cannot be written. An existing run is unchanged; a folder that was created is not removed.
+            UserError: the folder's name holds a secret, the folder holds a run or is inside a run's folder, is claimed
+                by another process, or cannot be written. An existing run is unchanged; a folder that was created is not
+                removed.
         """
         refuse_secret_name(folder)
         request = {"choices": choices, "config": config, "overrides": overrides}
@@ -127,6 +137,8 @@ class Run:
             to_json(_empty_record() | {"schema": SCHEMA, "status": "running", "created": _now()} | request)
         )
         try:
+            if not is_task:
+                refuse_inside_run(folder, "hydra.run.dir")
             folder.mkdir(parents=True, exist_ok=True)
             refuse_existing_run(folder)
             lock = folder_lock.acquire(folder)
@@ -526,6 +538,35 @@ def refuse_existing_run(folder: Path) -> None:
             remedy = f"{_NEW_FOLDER} Or resume it: lora-bench train {shell_argument('resume', folder)}"
             remedy = f"{_NEW_FOLDER} {PROMPT_AGAIN}" if is_prompted(record) else remedy
     raise UserError(reason, key="hydra.run.dir", value=folder, remedy=remedy, code=Code.EXISTS)
+
+
+def refuse_inside_run(folder: Path, key: str) -> None:
+    """Refuse a new folder of a run or sweep inside a run's folder, where `find_runs` would not find it.
+
+    Args:
+        folder: may be missing.
+        key: the config key that gave it.
+
+    Raises:
+        UserError: a folder above holds a run; a file of that name which is no record does not count.
+        OSError, ValueError: the path cannot be followed.
+    """
+    for above in Path(os.path.realpath(folder)).parents:
+        if _is_record(above):
+            reason = f"is inside the folder of a run, {above}, where no command would list it"
+            remedy = "Give a folder outside of it."
+            raise UserError(reason, key=key, value=folder, remedy=remedy, code=Code.EXISTS)
+
+
+def _is_record(folder: Path) -> bool:
+    """Return whether the folder holds a record that can be read; other programs write files of that name, too."""
+    if not holds_run(folder):
+        return False
+    try:
+        read(folder)
+    except UserError:
+        return False
+    return True
 
 
 def refuse_secret_name(folder: str | Path) -> None:

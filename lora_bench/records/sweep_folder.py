@@ -80,12 +80,17 @@ def create(folder: Path, overrides: list[str], config_dir: str | None, jobs: dic
         jobs: overrides of each job, by its folder below the sweep's.
 
     Raises:
-        UserError: the folder holds a sweep, is in use, cannot be written, or the name of a job's folder holds a secret.
+        UserError: the folder holds a sweep or a run, is inside a run's folder, is in use, cannot be written, or the
+            name of a job's folder holds a secret.
     """
     sweep = Sweep(datetime.now(UTC).isoformat(timespec="milliseconds"), overrides, config_dir, jobs, is_complete=False)
     for name in jobs:
         run_folder.refuse_secret_name(folder / name)
     try:
+        run_folder.refuse_inside_run(folder, "hydra.sweep.dir")
+        if run_folder.holds_run(folder):
+            remedy = "Give a folder that does not exist yet."
+            raise UserError("already holds a run", key="hydra.sweep.dir", value=folder, remedy=remedy, code=Code.EXISTS)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / SWEEP_FILE).exists():
             command = f"lora-bench train -m {shell_argument('resume', folder)}"

@@ -205,7 +205,8 @@ def _claim_task_folder(run: Run, task: str) -> Run:
     config = {key: value for key, value in record["config"].items() if key != "tasks"}
     config["data"] = record["config"]["tasks"][task]
     choices = record["choices"] | {"data": task}
-    task_run = Run.claim(task_folder(run.folder, task), choices=choices, config=config, overrides=record["overrides"])
+    folder, overrides = task_folder(run.folder, task), record["overrides"]
+    task_run = Run.claim(folder, choices=choices, config=config, overrides=overrides, is_task=True)
     for line in metrics_log.read_lines(run.folder / METRICS_FILE):
         if line["split"] == f"selection/{task}":
             task_run.log(line | {"split": "selection"})

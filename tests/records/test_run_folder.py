@@ -62,6 +62,15 @@ def test_a_claim_leaves_a_running_record_and_the_config(run: Run) -> None:
     assert yaml.safe_load((run.folder / ".hydra/overrides.yaml").read_text()) == ["seed=0"]
 
 
+def test_a_folder_inside_a_run_is_refused_but_for_its_tasks(run: Run) -> None:
+    before = files(run.folder)
+    with refuses(Code.EXISTS, key="hydra.run.dir"):
+        take(run.folder / "tasks" / "a")
+    assert files(run.folder) == before
+    Run.claim(run.folder / "tasks" / "a", choices={}, config={}, overrides=[], is_task=True).release()
+    assert files(run.folder) > before
+
+
 def test_a_taken_folder_is_refused_and_untouched(run: Run) -> None:
     before = {name: (run.folder / name).read_bytes() for name in files(run.folder)}
     with refuses(Code.EXISTS, key="hydra.run.dir") as caught:
@@ -399,9 +408,8 @@ def test_reading_fills_absent_keys_and_drops_what_is_not_finite(tmp_path: Path) 
 
 
 def test_find_sorts_naturally_and_stays_out_of_run_folders(tmp_path: Path) -> None:
-    for name in ("10", "2", "1", "x/3"):
+    for name in ("2/checkpoints/inner", "10", "2", "1", "x/3"):
         take(tmp_path / "sweep" / name)
-    take(tmp_path / "sweep/2/checkpoints/inner")
     (tmp_path / "sweep/9").mkdir()
     (tmp_path / "sweep/9/run.json").write_text("{")
     (tmp_path / "sweep/loop").symlink_to(tmp_path)

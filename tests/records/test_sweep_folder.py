@@ -52,3 +52,19 @@ def test_a_second_sweep_in_a_folder_is_refused(tmp_path: Path) -> None:
 def test_a_job_outside_of_the_sweep_is_recognised(name: str) -> None:
     assert sweep_folder.is_outside(name)
     assert not sweep_folder.is_outside("train/0")
+
+
+@pytest.mark.parametrize("name", ["run", "run/sweep", "run/tasks/a/sweep"])
+def test_a_sweep_in_the_folder_of_a_run_is_refused(tmp_path: Path, name: str) -> None:
+    job(tmp_path / "run", "done")
+    with refuses(Code.EXISTS, key="hydra.sweep.dir"):
+        sweep_folder.create(tmp_path / name, [], None, {"0": []})
+    assert not (tmp_path / name / "sweep.json").exists()
+
+
+def test_a_sweep_beside_a_run_and_below_a_file_of_another_program_is_created(tmp_path: Path) -> None:
+    job(tmp_path / "run", "done")
+    (tmp_path / "run.json").write_text('{"name": "another program"}')
+    sweep_folder.create(tmp_path / "sweep", [], None, {"0": []}).release()
+    job(tmp_path / "sweep" / "0", "done")
+    assert not sweep_folder.read(tmp_path / "sweep").unfinished_jobs(tmp_path / "sweep")
