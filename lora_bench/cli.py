@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 from contextlib import nullcontext
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; errors are printed to standard error and not raised.
 
-    The signal handlers and standard streams of the process are replaced. If standard output could not be written, the
-    code is 1, except for commands in `WRITING_FILES`.
+    The signal handlers and standard streams of the process are replaced, and a size of the terminal in its environment
+    that is none is removed. If standard output could not be written, the code is 1, except for commands in
+    `WRITING_FILES`.
 
     Args:
         arguments: the command and its arguments; None: those of the process.
@@ -52,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     for number in ENDING_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` lets a hangup pass
             signal.signal(number, terminate)
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("0*[1-9][0-9]{0,5}", os.environ.get(name, "")):
+            os.environ.pop(name, None)  # rich would take a width of 0, and print nothing
     streams.protect()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

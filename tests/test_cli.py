@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -9,10 +10,13 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 from lora_bench import cli, train
+from lora_bench.__main__ import main as main_of_process
 from lora_bench.config.groups import COMMANDS, GROUPS, PROMPT_GROUPS, choices, conf_folder
 from lora_bench.errors import Code
 from lora_bench.records import run_folder
@@ -214,6 +218,27 @@ def test_exit_codes_of_interrupts(monkeypatch: pytest.MonkeyPatch, raised: BaseE
     monkeypatch.setattr(cli, "run_command", interrupted)
     with unchanged_process():
         assert cli.main([]) == code
+
+
+def test_ctrl_c_while_the_command_line_is_imported(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "lora_bench.cli", Interrupted("lora_bench.cli"))
+    monkeypatch.setattr(gc, "freeze", lambda: None)  # this process goes on
+    assert main_of_process() == 130
+    assert capsys.readouterr().err == "lora-bench: interrupted\n"
+
+
+@pytest.mark.parametrize(("columns", "kept"), [("0", None), ("-1", None), ("²", None), ("", None), ("90", "90")])
+def test_a_width_that_is_none_does_not_silence_a_command(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, columns: str, kept: str | None
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("LINES", columns)
+    assert refused("xyzzy").code == Code.UNKNOWN_CHOICE
+    assert (os.environ.get("COLUMNS"), os.environ.get("LINES")) == (kept, kept)
 
 
 def test_a_reader_that_has_gone_is_no_error(in_tmp: Path) -> None:
