@@ -34,6 +34,7 @@ from lora_bench.evaluation.stress_splits import describe_stress_splits, resolve_
 from lora_bench.files.paths import check_folder
 from lora_bench.records import hub_run
 from lora_bench.records.backfill import model_paths
+from lora_bench.records.evaluations import read_evaluations
 from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.hub_run import is_on_hub
 from lora_bench.records.run_folder import EVALUATIONS, Run, discard, file_name
@@ -80,8 +81,8 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     """Evaluate every labelled split except train, and write `evaluations/<name>.json` with the predictions.
 
     The name is `cfg.name`; if that is not set, the stem of `data.path` for local files, and `data_choice` for other
-    data. The files go into the run's folder, replacing an older evaluation of that name, or, for an adapter or a run on
-    the hub, into `output`. Metrics and the path are printed.
+    data. The files go into the run's folder, replacing an older evaluation of the same data and name, or, for an
+    adapter or a run on the hub, into `output`. Metrics and the path are printed.
 
     Args:
         cfg: the composed configuration of `eval`.
@@ -89,7 +90,8 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
         console: receives metrics and notes.
 
     Raises:
-        UserError: the request cannot be met, or the results cannot be written.
+        UserError: the request cannot be met, an older evaluation of that name is of other data, or the results cannot
+            be written.
     """
     data = build.build_data(cfg.data)
     metrics = build.build_metrics(cfg.metric)
@@ -127,6 +129,8 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
             "there is no labelled validation or test split to score", key="data", value=data_choice, code=Code.EMPTY
         )
     subject = _run_subject(finished, cfg, data, console) if finished else _peft_subject(cfg, data)
+    described = sources.describe_data(data, splits)
+    _refuse_other_data(subject.target.folder, title, described["fingerprint"])
 
     metrics_by_split: dict[str, float | None] = {}
     predictions = {}
@@ -156,7 +160,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     described = {
         "path": getattr(data, "path", None),
         "choice": data_choice,
-        **sources.describe_data(data, splits),
+        **described,
         **describe_stress_splits(data, splits, subject.seen),
     }
     content = {**subject.described, "data": described, "metrics": metrics_by_split}
@@ -166,6 +170,29 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     path = _write(subject.target, title, content, predictions)
     print_metrics(console, metrics_by_split)
     console.print(sanitise(f"written: {path}"), soft_wrap=True)  # without wrapping the path
+
+
+def _refuse_other_data(folder: Path, title: str, fingerprints: dict[str, str]) -> None:
+    """Refuse to replace an evaluation of other data; one whose record cannot be read may be replaced.
+
+    Args:
+        folder: the target.
+        title: the name of the new evaluation.
+        fingerprints: of its data, by split.
+
+    Raises:
+        UserError: the folder holds an evaluation of this name with other fingerprints.
+    """
+    older = read_evaluations(folder).get(file_name(title))
+    if older is not None and older.fingerprints != fingerprints:
+        raise UserError(
+            "is the name of an older evaluation, of other data, which would be replaced",
+            key="name",
+            value=title,
+            file=folder / EVALUATIONS / f"{file_name(title)}.json",
+            remedy="Give another name: name=NAME.",
+            code=Code.EXISTS,
+        )
 
 
 def _check_run(cfg: DictConfig, data: schema.Data) -> FinishedRecord:

@@ -103,6 +103,20 @@ def test_local_files_are_called_after_their_folder_or_as_asked(run: Path, tmp_pa
     assert {path.name for path in (run / "evaluations" / "paws").iterdir()} == {"validation.parquet", "test.parquet"}
 
 
+def test_an_evaluation_of_other_data_is_not_replaced(run: Path, tmp_path: Path) -> None:
+    for folder, split in (("a", "validation"), ("b", "test")):
+        (tmp_path / folder).mkdir()
+        pairs(tmp_path / folder / "paws", split)
+    evaluated(run, f"data.path={tmp_path / 'a' / 'paws'}", choice="pairs")
+    before = files_below(run)
+    with refuses(Code.EXISTS, key="name") as caught:
+        evaluated(run, f"data.path={tmp_path / 'b' / 'paws'}", choice="pairs")
+    assert (caught.value.value, files_below(run)) == ("paws", before)
+    evaluated(run, f"data.path={tmp_path / 'b' / 'paws'}", "name=other", choice="pairs")
+    evaluated(run, f"data.path={tmp_path / 'a' / 'paws'}", choice="pairs")
+    assert files_below(run).items() > before.items()
+
+
 def test_one_file_is_a_test_split(run: Path, tmp_path: Path) -> None:
     pairs(tmp_path, "anything")
     evaluated(run, f"data.path={tmp_path / 'anything.tsv'}", choice="pairs")
