@@ -81,7 +81,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     """Evaluate every labelled split except train, and write `evaluations/<name>.json` with the predictions.
 
     The name is `cfg.name`; if that is not set, the stem of `data.path` for local files, and `data_choice` for other
-    data. The files go into the run's folder, replacing an older evaluation of the same data and name, or, for an
+    data. The files go into the run's folder, replacing an older evaluation of the same source and name, or, for an
     adapter or a run on the hub, into `output`. Metrics and the path are printed.
 
     Args:
@@ -130,7 +130,7 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
         )
     subject = _run_subject(finished, cfg, data, console) if finished else _peft_subject(cfg, data)
     described = sources.describe_data(data, splits)
-    _refuse_other_data(subject.target.folder, title, described["fingerprint"])
+    _refuse_other_data(subject.target.folder, title, data, described["fingerprint"])
 
     metrics_by_split: dict[str, float | None] = {}
     predictions = {}
@@ -172,19 +172,20 @@ def run_eval(cfg: DictConfig, *, data_choice: str, console: Console) -> None:
     console.print(sanitise(f"written: {path}"), soft_wrap=True)  # without wrapping the path
 
 
-def _refuse_other_data(folder: Path, title: str, fingerprints: dict[str, str]) -> None:
-    """Refuse to replace an evaluation of other data; one whose record cannot be read may be replaced.
+def _refuse_other_data(folder: Path, title: str, data: schema.Data, fingerprints: dict[str, str]) -> None:
+    """Refuse to replace an evaluation of other files. One of the same source may be replaced, though that has changed.
 
     Args:
         folder: the target.
         title: the name of the new evaluation.
+        data: its settings.
         fingerprints: of its data, by split.
 
     Raises:
-        UserError: the folder holds an evaluation of this name with other fingerprints.
+        UserError: the folder holds an evaluation of this name with another path and other fingerprints.
     """
     older = read_evaluations(folder).get(file_name(title))
-    if older is not None and older.fingerprints != fingerprints:
+    if older is not None and older.path != getattr(data, "path", None) and older.fingerprints != fingerprints:
         raise UserError(
             "is the name of an older evaluation, of other data, which would be replaced",
             key="name",

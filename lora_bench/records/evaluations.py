@@ -30,6 +30,8 @@ class Evaluation:
     """Numbers by `split/metric`."""
     fingerprints: dict[str, Any]
     """Fingerprint of the data, by split."""
+    path: str | None = None
+    """`data.path` as it was given; None for other data than local files."""
 
 
 def read_evaluations(folder: Path) -> dict[str, Evaluation]:
@@ -52,7 +54,8 @@ def _evaluations(folder: Path) -> tuple[dict[str, Evaluation], list[str]]:
             unreadable.append(f"{path}: {describe_error(error)}")
             continue
         metrics = {key: number for key, value in content["metrics"].items() if (number := as_number(value)) is not None}
-        by_name[path.stem] = Evaluation(metrics, _fingerprints(content))
+        source = content["data"].get("path") if isinstance(content.get("data"), dict) else None
+        by_name[path.stem] = Evaluation(metrics, _fingerprints(content), source if isinstance(source, str) else None)
     return by_name, unreadable
 
 
