@@ -52,7 +52,8 @@ def make(
             node = node.setdefault(group, {})
         node[name] = value
     choices = {"model": "bert", "adapter": "lora", "data": "qqp"} | (choices or {})
-    run = Run.claim(folder, choices=choices, config=nested, overrides=overrides or [])
+    is_task = folder.parent.name == "tasks"
+    run = Run.claim(folder, choices=choices, config=nested, overrides=overrides or [], is_task=is_task)
     run.update(data={"fingerprint": "one", "rows": {"train": 100}}, params={"adapter": 1_300_000, "head": 1538})
     run.update(cost={"train_seconds": 83.0, "train_flops": 1.2e12, "peak_memory_bytes": 540e6})
     if mcc is not None:
