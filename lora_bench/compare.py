@@ -105,10 +105,12 @@ def _check_page_options(options: argparse.Namespace) -> None:
 
 def _write_page(options: argparse.Namespace) -> int:
     """Write the page of `--html` and `--open`, and write it again with `--watch`; return 0."""
+    from lora_bench.records.sweep_folder import refuse_own_file
     from lora_bench.report import page  # late: numpy, jinja2
     from lora_bench.report.delivery import deliver, temporary_file
 
     if options.html is not None:
+        refuse_own_file(options.html, "--html")
         check_output(options.html, "--html", make_folders=True)
     table = deliver(
         lambda: _load(options),

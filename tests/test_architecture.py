@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "publishing": "errors config console files evaluation records adapters analysis",
     "push": "errors console files records publishing",
     "prompt": "errors config console files data evaluation records tracking llm",
-    "compare": "errors config console files analysis report",
+    "compare": "errors config console files records analysis report",
     "clean": "errors console files records",
     "ls": "errors console files analysis records",
     "show": "errors config console files analysis records",

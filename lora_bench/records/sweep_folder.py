@@ -70,6 +70,31 @@ def has_ended(run: dict[str, Any]) -> bool:
     return run["status"] in (*FINAL_STATUSES, "eliminated") or was_eliminated
 
 
+def refuse_own_file(path: str | Path, key: str) -> None:
+    """Refuse an output that is a file of a run or sweep, which it would damage; the file need not be there yet.
+
+    Args:
+        path: of the output.
+        key: the config key or option that holds it, for messages.
+
+    Raises:
+        UserError: the path leads to `sweep.json` of a sweep, or to one of `run_folder.OWN_FILES` of a run.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        is_own = target.name == SWEEP_FILE and target.exists()
+        for above in target.parents:
+            is_own = is_own or (
+                target.relative_to(above).parts[0] in run_folder.OWN_FILES and run_folder.holds_run(above)
+            )
+    except (OSError, ValueError):  # a path that cannot be followed is refused where it is written
+        return
+    if is_own:
+        remedy = "Give another file."
+        reason = "is part of the record of a run or sweep"
+        raise UserError(reason, key=key, value=path, remedy=remedy, code=Code.EXISTS)
+
+
 def create(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict[str, list[str]]) -> folder_lock.Claim:
     """Claim `folder` for a new sweep, and write its record.
 

@@ -14,6 +14,7 @@ from lora_bench.files.paths import check_output, is_same_file, write_output
 from lora_bench.records.backfill import model_paths
 from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.run_names import resolve_run
+from lora_bench.records.sweep_folder import refuse_own_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,6 +76,7 @@ class PredictionRequest:
                 remedy="Give another file.",
                 code=Code.EXISTS,
             )
+        refuse_own_file(output, "output")
         check_output(output, "output")
         run = FinishedRecord.read(resolve_run(cfg))
         _refuse_unsuitable(cfg, run)

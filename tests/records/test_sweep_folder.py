@@ -68,3 +68,20 @@ def test_a_sweep_beside_a_run_and_below_a_file_of_another_program_is_created(tmp
     sweep_folder.create(tmp_path / "sweep", [], None, {"0": []}).release()
     job(tmp_path / "sweep" / "0", "done")
     assert not sweep_folder.read(tmp_path / "sweep").unfinished_jobs(tmp_path / "sweep")
+
+
+@pytest.mark.parametrize("name", ["run.json", "predictions/validation.parquet", "adapter/new.txt", "tasks/a/run.json"])
+def test_an_output_that_is_a_file_of_a_run_is_refused(tmp_path: Path, name: str) -> None:
+    Run.claim(tmp_path / "run", choices={}, config={}, overrides=[]).release()
+    with refuses(Code.EXISTS, key="output"):
+        sweep_folder.refuse_own_file(tmp_path / "run" / name, "output")
+    for other in (tmp_path / name, tmp_path / "run" / "report.html", "-"):
+        sweep_folder.refuse_own_file(other, "output")
+
+
+def test_an_output_that_is_the_record_of_a_sweep_is_refused(tmp_path: Path) -> None:
+    sweep_folder.refuse_own_file(tmp_path / "sweep.json", "--html")
+    sweep_folder.create(tmp_path, [], None, {})
+    with refuses(Code.EXISTS, key="--html"):
+        sweep_folder.refuse_own_file(tmp_path / "sweep.json", "--html")
+    sweep_folder.refuse_own_file(tmp_path / "report.html", "--html")
