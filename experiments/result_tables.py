@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pandas import isna
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Any
@@ -23,7 +25,7 @@ def difference_cells(row: Series | Mapping[str, Any], *, points: bool = False) -
         row: the row, or a mapping with its columns.
         points: the difference and interval are given in points, as 100 times what they are.
     """
-    if row["difference"] is None:  # no row of the data learned the task
+    if isna(row["p_holm"]):  # not tested, or without a verdict; a number if any row of the data has one
         return ["not tested", ""]
     difference, low, high = (
         f"{100 * row[key]:+.1f}" if points else f"{row[key]:+.3f}"

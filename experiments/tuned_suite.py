@@ -151,16 +151,15 @@ def format_tests(folders: Mapping[str, Path], methods: Sequence[str]) -> str:
     lines = ["| task | method | learning rate | score | method − first | p | TFLOP |"]
     lines.append("| --- | --- |" + " ---: |" * 5)
     for task, folder in folders.items():
-        found = run_folder.find_runs([folder])[0]
-        baseline = next(run for run, record in found if method_overrides(record["overrides"]) == methods[0])
-        frame = compare(folder, baseline=str(baseline))
-        firsts = ((run_folder.read(Path(row["runs"][0])), row) for _, row in frame.iterrows())
-        rows = {method_overrides(first["overrides"]): row for first, row in firsts}
+        records = {str(run): record for run, record in run_folder.find_runs([folder])[0]}
+        names = {run: method_overrides(record["overrides"]) for run, record in records.items()}
+        baseline = next(run for run, name in names.items() if name == methods[0])
+        rows = {names[row["runs"][0]]: row for _, row in compare(folder, baseline=baseline).iterrows()}
         for method in (method for method in methods if method in rows):
-            records = [run_folder.read(Path(run)) for run in rows[method]["runs"]]
-            scores = [100 * _reported(record) for record in records]
-            flops = fmean(record["cost"]["train_flops"] for record in records) / 1e12
-            cells = [task, method, f"{records[0]['config']['optimizer']['lr']:g}"]
+            runs = [records[run] for run in rows[method]["runs"]]
+            scores = [100 * _reported(record) for record in runs]
+            flops = fmean(record["cost"]["train_flops"] for record in runs) / 1e12
+            cells = [task, method, f"{runs[0]['config']['optimizer']['lr']:g}"]
             cells.append(f"{fmean(scores):.1f} ± {stdev(scores):.1f}")
             cells += ["", ""] if method == methods[0] else difference_cells(rows[method], points=True)
             lines.append(f"| {' | '.join(cells)} | {flops:.1f} |")

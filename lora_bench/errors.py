@@ -185,7 +185,7 @@ def require_number(key: str, value: float, low: float, high: float = math.inf, *
     if inside:
         return
     bound = f"above {low:g}" if open_low else f"of at least {low:g}"
-    upper = f" and at most {f'{high:,}' if type(high) is int else f'{high:g}'}" if math.isfinite(high) else ""
+    upper = f" and at most {high:,.12g}" if math.isfinite(high) else ""
     raise UserError(f"must be a finite number {bound}{upper}", code=Code.INVALID_VALUE, key=key, value=value)
 
 

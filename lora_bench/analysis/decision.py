@@ -188,8 +188,9 @@ class _Writer:
             worse = all(row.finding is not None and row.finding.verdict == "worse" for row in self._rivals)
             return f"{name} is better than all rivals" if worse else f"No rival is better than {name}"
         if self.reason == INCONCLUSIVE:
-            among = "" if self._is_first else " among the methods that are not ruled out"
-            return f"{name} is ahead on the selection split{among}, but no method is shown to be the best"
+            among = self._among(self.recommended)
+            place = f"the selection split among {among}" if among else "the selection split"
+            return f"{name} is ahead on {place}, but no method is shown to be the best"
         if self.reason == UNTESTED:
             return f"{name} is ahead on the selection split; the difference is not tested"
         return f"{name} is the best of {self.n_settings} settings" if self.n_settings > 1 else f"One setting: {name}"
@@ -229,9 +230,9 @@ class _Writer:
         selection = self._selection_score(row)
         metric = display_name(main_metric(self.table.records[row.folders[0]]))
         how = f" ({metric} {selection:.3f})" if selection > -math.inf else ""
-        among = "" if self._is_first else "of the methods that are not ruled out, "
-        best = f"{among}it is the best on the selection split{how}"
-        best = best if how else f"it has the highest {self._metric} here"
+        among = self._among(row)
+        best = f"it is the best on the selection split{how}" if how else f"it has the highest {self._metric} here"
+        best = f"of {among}, {best}" if among and how else best
         if self.reason == INCONCLUSIVE:
             undecided = [other for other in self._rivals if other.finding and other.finding.verdict == "inconclusive"]
             subject = self._name(self.baseline) if row is not self.baseline else self._name(undecided[0])
@@ -283,11 +284,10 @@ class _Writer:
         seeds = max(MAX_SEEDS, undecided.paired_seeds or 0)
         return [f"{sentence}; {points} would need more than {seeds} seeds."]
 
-    @property
-    def _is_first(self) -> bool:
-        """Whether no other row that learned the task is better than the recommended one on the selection split."""
-        scores = {id(row): self._selection_score(row) for row in [*self.rows, self.recommended] if row and row.learned}
-        return self.recommended is None or scores[id(self.recommended)] >= max(scores.values())
+    def _among(self, row: Row) -> str:
+        """Return the methods that a row is ahead of on the selection split, as a phrase; empty if it is all of them."""
+        best = max(self._selection_score(other) for other in self.rows if other.learned)
+        return "" if self._selection_score(row) >= best else "the methods that are not ruled out"
 
     def _selection_score(self, row: Row) -> float:
         return mean_selection_score([self.table.records[folder] for folder in row.folders])

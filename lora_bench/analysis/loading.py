@@ -60,7 +60,7 @@ class LoadedRuns:
         Args:
             by_keys: keys that distinguish rows beside those of a setting, such as `name`.
         """
-        return keep_newest_per_seed(self.finished, [*dict.fromkeys([*self.keys, *by_keys])])
+        return keep_newest_per_seed(self.finished, [*self.keys, *by_keys])
 
     @property
     def missing(self) -> list[Missing]:

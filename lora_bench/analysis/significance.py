@@ -31,8 +31,6 @@ BASELINE = "baseline"
 """Words in place of a verdict: for the baseline, for rows without predictions, and for rows of one seed."""
 NOT_TESTED = "not tested"
 NO_VERDICT = "no verdict"
-
-
 NEED_SEVERAL_LABELS = ("mcc", "pearson", "spearman", "r2")
 """Metrics that are 0 / 0 where all examples have the same label."""
 
@@ -286,7 +284,7 @@ def _pair_seeds(table: Table, read: _Reader, rival: Row, baseline: Row, measure:
     if any(all(predictions.is_constant for predictions in side) for side in sides):
         output = "number" if measure in MAIN_METRIC_CHOICES["regression"] else "label"
         return _Pair([], [], why=f"one side predicts the same {output} for all examples, in every seed")
-    if sides and measure in NEED_SEVERAL_LABELS and len(set(sides[0][0].labels.tolist())) == 1:
+    if sides and measure in NEED_SEVERAL_LABELS and (labels := sides[0][0].labels).min() == labels.max():
         return _Pair([], [], why=f"{display_name(measure)} is not defined, since all examples have the same label")
     ours_paired, theirs_paired = map(list, sides) if sides else ([], [])
     return _Pair(ours_paired, theirs_paired, list(pairs), single, not any(fixed), reason)

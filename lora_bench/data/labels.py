@@ -97,24 +97,30 @@ class ClassLabels(LabelFormat):
 
         Values are numbers of classes unless all are names, or one is the name of a class that has another number.
         """
-        texts = set(map(class_text, values))
+        texts = [class_text(value) for value in values]
+        distinct = set(texts)
         numbers = {name: number for number, name in enumerate(self.names)}
         by_number = self._by_number()
-        is_named = texts <= numbers.keys() or any(
-            number != by_number.get(name) for name, number in numbers.items() if name in texts
+        is_named = distinct <= numbers.keys() or any(
+            number != by_number.get(name) for name, number in numbers.items() if name in distinct
         )
-        return self._look_up(values, column, numbers if is_named else by_number)
+        return self._look_up(values, texts, column, numbers if is_named else by_number)
 
     def read_numbers(self, values: Sequence[Any], column: str) -> NDArray[np.int64]:
         """Return the class numbers (N,) of a column that is known to hold numbers; arguments and errors as `read`."""
-        return self._look_up(values, column, self._by_number())
+        return self._look_up(values, [class_text(value) for value in values], column, self._by_number())
 
     def _by_number(self) -> dict[str, int]:
         return {str(number): number for number in range(len(self.names))}
 
-    def _look_up(self, values: Sequence[Any], column: str, numbers: dict[str, int]) -> NDArray[np.int64]:
-        """Return the class numbers (N,), given by text; a `LabelError` names the first value that has none."""
-        texts = [class_text(value) for value in values]
+    def _look_up(
+        self, values: Sequence[Any], texts: Sequence[str | None], column: str, numbers: dict[str, int]
+    ) -> NDArray[np.int64]:
+        """Return the class numbers (N,) of the values, given by their texts.
+
+        Raises:
+            LabelError: for the first value whose text has none.
+        """
         labels = [-1 if text is None else numbers.get(text, -1) for text in texts]
         if -1 in labels:
             self._refuse(values, labels.index(-1), column)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.config.keys import present_overrides
-from lora_bench.errors import Code, RunFailedError, UserError, shell_argument
+from lora_bench.errors import Code, RunFailedError, UserError, require, shell_argument
 from lora_bench.files import untrusted
 from lora_bench.files.atomic_io import describe_error, dump, to_json, write
 from lora_bench.records import folder_lock, run_folder
@@ -82,17 +82,14 @@ def refuse_own_file(path: str | Path, key: str) -> None:
     """
     try:
         target = Path(os.path.realpath(path))
-        is_own = target.name == SWEEP_FILE and target.exists()
-        for above in target.parents:
-            is_own = is_own or (
-                target.relative_to(above).parts[0] in run_folder.OWN_FILES and run_folder.holds_run(above)
-            )
+        is_own = (target.name == SWEEP_FILE and target.exists()) or any(
+            target.relative_to(above).parts[0] in run_folder.OWN_FILES and run_folder.holds_run(above)
+            for above in target.parents
+        )
     except (OSError, ValueError):  # a path that cannot be followed is refused where it is written
         return
-    if is_own:
-        remedy = "Give another file."
-        reason = "is part of the record of a run or sweep"
-        raise UserError(reason, key=key, value=path, remedy=remedy, code=Code.EXISTS)
+    reason = "is part of the record of a run or sweep"
+    require(not is_own, key, path, reason, "Give another file.", code=Code.EXISTS)
 
 
 def create(folder: Path, overrides: list[str], config_dir: str | None, jobs: dict[str, list[str]]) -> folder_lock.Claim:
@@ -113,13 +110,12 @@ def create(folder: Path, overrides: list[str], config_dir: str | None, jobs: dic
         run_folder.refuse_secret_name(folder / name)
     try:
         run_folder.refuse_inside_run(folder, "hydra.sweep.dir")
-        if run_folder.holds_run(folder):
-            remedy = "Give a folder that does not exist yet."
-            raise UserError("already holds a run", key="hydra.sweep.dir", value=folder, remedy=remedy, code=Code.EXISTS)
+        reason, remedy = "already holds a run", "Give a folder that does not exist yet."
+        require(not run_folder.holds_run(folder), "hydra.sweep.dir", folder, reason, remedy, code=Code.EXISTS)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / SWEEP_FILE).exists():
             command = f"lora-bench train -m {shell_argument('resume', folder)}"
-            remedy = f"Give a folder that does not exist yet. Or run the unfinished jobs: {command}"
+            remedy += f" Or run the unfinished jobs: {command}"
             raise UserError(
                 "already holds a sweep", key="hydra.sweep.dir", value=folder, remedy=remedy, code=Code.EXISTS
             )
