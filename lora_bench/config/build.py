@@ -32,7 +32,7 @@ def check_top(cfg: DictConfig, keys: Collection[str]) -> None:
         UserError: a key is not among `keys`, one of these is missing (unless it is `OPTIONAL`), `seed` is not an
             integer in [0, 2**63), or `dry_run` is not true or false.
     """
-    _check_names(cfg, keys)
+    check_names(cfg, keys)
     for name in keys:
         is_there = name in cfg or name in OPTIONAL
         require(is_there, name, None, "is missing", "It cannot be left out.", code=Code.MISSING)
@@ -59,7 +59,7 @@ def build(cls: type[T], node: DictConfig, key: str) -> T:
     require(isinstance(node, DictConfig), key, node, "is not a group of keys")
     prefix = f"{key}." if key else ""
     names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    _check_names(node, names, prefix)
+    check_names(node, names, prefix)
     values = resolved(node, key)
     settings = copy.deepcopy(_structured(cls))  # type: ignore[arg-type]
     for name, value in values.items():
@@ -101,7 +101,7 @@ def resolved(node: DictConfig, key: str) -> dict[str, Any]:
     return {str(name): value for name, value in values.items()}
 
 
-def _check_names(node: DictConfig, names: Collection[str], prefix: str = "") -> None:
+def check_names(node: DictConfig, names: Collection[str], prefix: str = "") -> None:
     """Refuse a node with a key that is not among `names`.
 
     Args:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import ListConfig
 
+from lora_bench.config.build import check_names
 from lora_bench.data import labelled, readers
 from lora_bench.errors import Code, UserError, require, require_number, require_one_of
 from lora_bench.files.paths import check_output, is_same_file, write_output
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda")
 BYTES_PER_ROW, BYTES_PER_PROBABILITY = 24, 20
 """Approximate bytes that predictions, and the probability of a class, add to a row of the output."""
+
+_KEYS = (
+    *("run", "input", "output", "text_columns", "calibrated", "uncertainty", "probabilities", "threshold"),
+    *("model", "device"),
+)
+MODEL_KEYS = ("path", "tokenizer")
+"""Keys of the group `model` of a command that takes a finished run."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class PredictionRequest:
             UserError: naming the key, file or row that is wrong, for example an output that is the input, or a setting
                 that does not apply to the run's task or needs a calibration which the run does not have.
         """
+        check_names(cfg, _KEYS)
+        check_names(cfg.model, MODEL_KEYS, "model.")
         source, output = str(cfg.input), str(cfg.output)
         file_format = output_format(output)
         for key in ("calibrated", "uncertainty", "probabilities"):

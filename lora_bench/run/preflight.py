@@ -15,7 +15,7 @@ from lora_bench.config.launch import Launch
 from lora_bench.errors import Code, UserError, require, require_one_of
 from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.run_names import resolve_run
-from lora_bench.run.prediction_request import check_threshold, resolve_threshold
+from lora_bench.run.prediction_request import MODEL_KEYS, check_threshold, resolve_threshold
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -113,8 +113,11 @@ def check_eval(cfg: DictConfig) -> None:
     """Refuse an evaluation that names both or neither of `run` and `peft`, or data or a run that do not exist.
 
     The key `run` is set to the folder of the run that it names, which must be finished and of one task. The folder of
-    an adapter is not checked here.
+    an adapter is not checked here. An unknown key is refused; keys of a model family are checked as it is built.
     """
+    build.check_names(cfg, ("run", "peft", "model", "data", "metric", "name", "output", "device"))
+    if "family" not in cfg.model:
+        build.check_names(cfg.model, MODEL_KEYS, "model.")
     require(
         bool(cfg.run) != bool(cfg.peft),
         "eval",
@@ -137,8 +140,11 @@ MODEL_FORMATS = ("peft", "merged")
 def check_export(cfg: DictConfig) -> None:
     """Set `run` to the folder of its run, and refuse one that is not finished, an unknown format, or no output folder.
 
-    Refused are, too, a threshold that does not apply, and `format=onnx` without the packages that it needs.
+    Refused are, too, an unknown key, a threshold that does not apply, and `format=onnx` without the packages that it
+    needs.
     """
+    build.check_names(cfg, ("run", "format", "output", "threshold", "model"))
+    build.check_names(cfg.model, MODEL_KEYS, "model.")
     output, export_format = str(cfg.output), str(cfg.format)
     require_one_of("format", export_format, EXPORT_FORMATS)
     require(bool(output), "output", output, "names no folder")

@@ -50,6 +50,22 @@ def test_a_wrong_request_imports_nothing_heavy(in_tmp: Path) -> None:
     assert list(in_tmp.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        ("predict run=x input=y.tsv +calibration=true", "calibration"),
+        ("predict run=x input=y.tsv +model.paht=z", "model.paht"),
+        ("eval run=x data=toy +outptu=y", "outptu"),
+        ("eval run=x data=toy +model.paht=z", "model.paht"),
+        ("export run=x format=peft output=y +seed=1", "seed"),
+        ("export run=x format=peft output=y ++model.paht=z", "model.paht"),
+    ],
+)
+def test_an_added_key_that_no_command_reads_is_refused(in_tmp: Path, command: str, key: str) -> None:
+    error = refused(*command.split())
+    assert (error.code, error.key) == (Code.UNKNOWN_KEY, key)
+
+
 # -- a run's record --
 
 
