@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
 
 
+NEVER_EMPTY = ("resume", "adapter.init_from", "model.path", "model.tokenizer")
+"""Keys whose empty text, as of a shell variable that is not set, would count as no value."""
+
+
 class Arguments(argparse.Namespace):
     """Parsed arguments of a command that composes a config; options may come before, between and after overrides."""
 
@@ -74,7 +78,8 @@ class Arguments(argparse.Namespace):
 
         Raises:
             UserError: an option is unknown, abbreviated or conflicts with another; `--config-dir` is not a folder; or
-                an override holds an API key or is refused by `check_overrides`.
+                an override holds an API key, is refused by `check_overrides`, or gives a key of `NEVER_EMPTY` the empty
+                text.
         """
         parsed = _parser().parse_intermixed_args(arguments, cls())
         keys = iter(positional)
@@ -90,7 +95,10 @@ class Arguments(argparse.Namespace):
                     remedy=remedy,
                     code=Code.FORBIDDEN,
                 )
-        check_overrides(parsed.overrides)
+        for typed in check_overrides(parsed.overrides):
+            if typed.key_or_group in NEVER_EMPTY and typed.value() == "":
+                remedy = f"Give it a value, or leave it out: {typed.key_or_group}=null is no value."
+                raise UserError("is empty", key=typed.key_or_group, value="", remedy=remedy, code=Code.INVALID_VALUE)
         if parsed.config_dir is not None and not os.path.isdir(parsed.config_dir):
             code = Code.NOT_A_FILE if os.path.exists(parsed.config_dir) else Code.NOT_FOUND
             raise UserError("is not a folder", key="--config-dir", value=parsed.config_dir, code=code)

@@ -426,6 +426,14 @@ def test_resume_is_read_without_composing(overrides: list[str], expected: str | 
     assert Arguments.read(overrides).resume() == expected
 
 
+@pytest.mark.parametrize("key", ["resume", "adapter.init_from", "model.path", "model.tokenizer"])
+@pytest.mark.parametrize("value", ["", "''", '""'])
+def test_an_empty_value_that_would_count_as_none_is_refused(key: str, value: str) -> None:
+    with refuses(Code.INVALID_VALUE, key=key):
+        Arguments.read([f"{key}={value}"])
+    assert Arguments.read([f"{key}=null", "name="]).overrides == [f"{key}=null", "name="]
+
+
 def test_repeated_overrides_are_listed() -> None:
     arguments = Arguments.read(["a=1", "b=2", "+a=2", "b=2", "a=3"])
     assert arguments.repeated() == ["a=1", "+a=2"]
