@@ -64,3 +64,6 @@ def test_what_is_no_run_is_refused(in_tmp: Path) -> None:
     assert refused("show", "outputs/sweep").code == Code.NOT_FOUND
     assert refused("show", "outputs").code == Code.NOT_FOUND
     assert refused("show", "nobody").code == Code.NOT_FOUND
+    for command, argument in (("show", ""), ("rm", ""), ("show", "run=")):
+        error = refused(command, argument)
+        assert (error.code, error.key) == (Code.INVALID_VALUE, command)

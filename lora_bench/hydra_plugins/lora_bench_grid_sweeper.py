@@ -272,8 +272,12 @@ class GridSweeper(BasicSweeper):
         """Return the jobs of each variant in turn, without the excluded ones, and set `baseline_jobs`.
 
         Raises:
-            UserError: all are excluded.
+            UserError: all are excluded, or a key has no values.
         """
+        for override in (override for overrides in variants for override in overrides):
+            if override.is_discrete_sweep() and next(override.sweep_string_iterator(), None) is None:
+                key, _, value = str(override.input_line).partition("=")
+                raise UserError("has no values", key=key, value=value, remedy="Give at least one.", code=Code.NO_MATCH)
         jobs_by_variant: list[list[list[str]]] = []
         for overrides in variants:
             (combined,) = BasicSweeper.split_arguments(overrides, None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lora_bench.config.keys import as_typed
 from lora_bench.config.schema import LAST, RUN_NAME
-from lora_bench.errors import Code, UserError
+from lora_bench.errors import Code, UserError, require
 from lora_bench.records import sweep_folder
 from lora_bench.records.stored_run import stored_runs
 
@@ -40,9 +40,9 @@ def find_run(reference: str | Path, key: str, *, finished: bool = False) -> Path
         finished: `last` and a name mean the newest run that is done and left a model, if there is one.
 
     Raises:
-        UserError: no run has this name or id, or several have an id with these first digits.
+        UserError: it is empty, no run has this name or id, or several have an id with these first digits.
     """
-    if _is_folder(text := _without_key(reference)):
+    if _is_folder(text := _without_key(reference, key)):
         return Path(text)
     return choose_run(text, _runs_below_top(), key, finished=finished).folder
 
@@ -62,7 +62,7 @@ def find_folder(reference: str | Path, key: str) -> Path:
     A run's name is that of its sweep if the sweep was started with it. `last` is the newest sweep or run outside of a
     sweep, and an id always names one run.
     """
-    if _is_folder(text := _without_key(reference)):
+    if _is_folder(text := _without_key(reference, key)):
         return Path(text)
     runs = _runs_below_top()
     named = runs if text == LAST else [run for run in runs if run.name == text]
@@ -117,10 +117,16 @@ def sweep_of(run: Path) -> Path | None:
     return next((above for above in run.parents if sweep_folder.is_sweep(above)), None)
 
 
-def _without_key(reference: str | Path) -> str:
-    """Return a reference without `run=`, which other commands need, unless a file has the whole name."""
+def _without_key(reference: str | Path, key: str) -> str:
+    """Return a reference without `run=`, which other commands need, unless a file has the whole name.
+
+    Raises:
+        UserError: it is empty, which would be the current folder.
+    """
     text = str(reference)
-    return text if Path(text).exists() else text.removeprefix("run=")
+    text = text if Path(text).exists() else text.removeprefix("run=")
+    require(bool(text), key, "''", "is empty", "Give the folder, the name or the id of a run.")
+    return text
 
 
 def _is_folder(reference: str) -> bool:

@@ -119,6 +119,7 @@ def test_baselines_are_eleven_runs(in_tmp: Path) -> None:
             (Code.NO_MATCH, "hydra.sweeper.exclude", "model=*t5* adapter=head_only"),
             "",
         ),
+        (["seed=range(0)"], (Code.NO_MATCH, "seed", "range(0)"), ""),
         (["adapter.rank=interval(1,3)"], (Code.INVALID_SYNTAX, None, None), "INTERVAL_SWEEP"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
