@@ -134,10 +134,10 @@ def run_trainer(size: str, folder: str, pairs: int, *, compiled: bool) -> Measur
     import transformers
 
     from lora_bench.evaluation.cost import peak_memory_bytes, reset_peak_memory
-    from lora_bench.run.inputs import load_splits
+    from lora_bench.run.loaded_data import LoadedData
 
     transformers.logging.set_verbosity_error()
-    _, splits, _ = load_splits(build_experiment(overrides(size, folder, pairs)).data)
+    splits = LoadedData.load(build_experiment(overrides(size, folder, pairs)).data).splits
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     config = peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules="all-linear")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

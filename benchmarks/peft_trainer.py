@@ -64,11 +64,11 @@ def run_trainer(workload: Workload, data: str, pairs: int) -> dict[str, float]:
     import transformers
 
     from lora_bench.backbones.locate import locate
-    from lora_bench.run.inputs import load_splits
+    from lora_bench.run.loaded_data import LoadedData
 
     transformers.logging.set_verbosity_error()
     experiment = epoch_experiment(data, pairs)
-    _, splits, _ = load_splits(experiment.data)
+    splits = LoadedData.load(experiment.data).splits
     folder = locate(experiment.model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     padding: dict[str, Any] = {"padding": "max_length"} if workload.run_glue_defaults else {}

@@ -101,7 +101,8 @@ def run_lora_bench(workload: Workload, data: str, pairs: int) -> Measurements:
 
     from lora_bench.data.tokenization import tokenize
     from lora_bench.evaluation.cost import FlopModel
-    from lora_bench.run.inputs import attach, load_splits
+    from lora_bench.run.inputs import attach
+    from lora_bench.run.loaded_data import LoadedData
     from lora_bench.training.dummy_step import dummy_step
     from lora_bench.training.loop import fit, prepare_task
     from lora_bench.training.memory import keep_freed_memory
@@ -111,8 +112,8 @@ def run_lora_bench(workload: Workload, data: str, pairs: int) -> Measurements:
 
     keep_freed_memory()
     experiment = epoch_experiment(data, pairs, *adapter_overrides(workload))
-    data_settings, splits, _ = load_splits(experiment.data)
-    experiment = experiment.with_data([data_settings])
+    loaded = LoadedData.load(experiment.data)
+    experiment, splits = experiment.with_data([loaded.data]), loaded.splits
     device = resolve_device("auto")
     pack, sha256 = attach(experiment, device, resolve_precision(workload.precision, device))
     columns, length = experiment.data.text_columns, experiment.data.max_length
@@ -185,15 +186,16 @@ def measure_tokenising(data: str, pairs: int) -> Measurements:
 def train_for_memory(data: str, pairs: int) -> Measurements:
     """Train 30 steps on so many cached pairs; the parent reads the peak memory of this process."""
     from lora_bench.data.tokenization import tokenize
-    from lora_bench.run.inputs import attach, load_splits
+    from lora_bench.run.inputs import attach
+    from lora_bench.run.loaded_data import LoadedData
     from lora_bench.training.loop import fit
     from lora_bench.training.memory import keep_freed_memory
     from lora_bench.training.precision import resolve_device, resolve_precision
 
     keep_freed_memory()
     experiment = epoch_experiment(data, pairs, "trainer.max_steps=30")
-    data_settings, splits, _ = load_splits(experiment.data)
-    experiment = experiment.with_data([data_settings])
+    loaded = LoadedData.load(experiment.data)
+    experiment, splits = experiment.with_data([loaded.data]), loaded.splits
     device = resolve_device("auto")
     pack, _ = attach(experiment, device, resolve_precision("auto", device))
     columns, length = experiment.data.text_columns, experiment.data.max_length

@@ -45,15 +45,16 @@ def train(overrides: list[str]) -> list[float]:
     from lora_bench.config.compose import compose
     from lora_bench.config.groups import conf_folder
     from lora_bench.data.tokenization import tokenize
-    from lora_bench.run.inputs import attach, load_splits
+    from lora_bench.run.inputs import attach
+    from lora_bench.run.loaded_data import LoadedData
     from lora_bench.run.settings import Experiment
     from lora_bench.training.loop import fit, prepare_task
     from lora_bench.training.precision import resolve_device, resolve_precision
 
     config = compose(conf_folder(), "config", overrides)
     experiment = Experiment.build(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
-    data_settings, splits, _ = load_splits(experiment.data)
-    experiment = experiment.with_data([data_settings])
+    loaded = LoadedData.load(experiment.data)
+    experiment, splits = experiment.with_data([loaded.data]), loaded.splits
     device = resolve_device("auto")
     pack, _ = attach(experiment, device, resolve_precision("fp32", device))
     columns, length = experiment.data.text_columns, experiment.data.max_length

@@ -334,6 +334,7 @@ def _train(cfg: DictConfig) -> None:
 
     from lora_bench.records.job import Job, is_done, read_result
     from lora_bench.records.run_folder import discard
+    from lora_bench.run.loaded_data import LoadedData
     from lora_bench.run.preflight import check_train
 
     hydra = HydraConfig.get()
@@ -354,16 +355,17 @@ def _train(cfg: DictConfig) -> None:
             check_train(job)
             if sweep is None:
                 console.print(sanitise(f"{_title(job)}: loading"))
+            loaded = LoadedData.of_tasks(job.settings)
             if cfg.dry_run:
                 with importing_libraries():
                     from lora_bench.sweeps import cost_estimate  # torch: late
 
-                cost_estimate.print_run_estimate(job, console)
+                cost_estimate.print_run_estimate(job, console, loaded)
             else:
                 with importing_libraries():
                     from lora_bench.train import train
 
-                train(job, console=console)
+                train(job, console=console, loaded=loaded)
             if sweep is not None:
                 sweep.job_ended(job.title, read_result(job.folder, is_resumed=job.resumed is not None))
         except Exception as error:
@@ -387,19 +389,19 @@ def _title(job: Job) -> str:
 
 
 def _eval(cfg: DictConfig) -> None:
-    """Evaluate a finished run, or an adapter of PEFT; a wrong request is refused before torch is imported."""
+    """Evaluate a finished run, or an adapter of PEFT; wrong data, too, are refused before torch is imported."""
     from hydra.core.hydra_config import HydraConfig
 
-    from lora_bench.run.preflight import check_eval
+    from lora_bench.run.evaluation_request import EvaluationRequest
 
     console, choice = stdout_console(), str(HydraConfig.get().runtime.choices["data"])
     with show_progress(console):
-        check_eval(cfg)
+        request = EvaluationRequest.read(cfg, choice)
         console.print(sanitise(f"{cfg.run or cfg.peft} on {choice}: loading"))
         with importing_libraries():
             from lora_bench.evaluate import run_eval
 
-        run_eval(cfg, data_choice=choice, console=console)
+        run_eval(request, console=console)
 
 
 def _predict(cfg: DictConfig) -> None:

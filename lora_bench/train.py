@@ -43,12 +43,18 @@ if TYPE_CHECKING:
     from lora_bench.data.tokenization import TokenTable
     from lora_bench.records.job import Job
     from lora_bench.run.inputs import Task
+    from lora_bench.run.loaded_data import LoadedData
 
 
-def train(job: Job, *, console: Console) -> None:
+def train(job: Job, *, console: Console, loaded: dict[str, LoadedData] | None = None) -> None:
     """Train or resume one run, and write its record to the job's folder.
 
     Processes of `torchrun` train it together.
+
+    Args:
+        job: the run.
+        console: shows progress and results.
+        loaded: the data of each task, if they are loaded already; they are taken out.
 
     Raises:
         UserError: the request cannot be met; nothing is written. A `RunFailedError`: the run had started.
@@ -56,7 +62,7 @@ def train(job: Job, *, console: Console) -> None:
         Exception: another error; it is in the record if the run had started.
     """
     with processes_of_torchrun() as processes:
-        (error,) = train_pack([job], console=console, processes=processes)
+        (error,) = train_pack([job], console=console, processes=processes, loaded=loaded)
     if error is not None:
         raise error
 
@@ -66,6 +72,7 @@ def train_pack(
     *,
     console: Console,
     inputs: SharedInputs | None = None,
+    loaded: dict[str, LoadedData] | None = None,
     display: DisplayFactory | None = None,
     processes: Processes = SINGLE_PROCESS,
     sharing: int = 1,
@@ -76,6 +83,7 @@ def train_pack(
         jobs: each has one member, one for each of its tasks, or those of its ensemble.
         console: shows progress and results.
         inputs: that the jobs share, if they are loaded already; the backbone is unchanged afterwards.
+        loaded: the data of each task, if only they are loaded already; they are taken out.
         display: creates the progress display; None: that of a single run, or of jobs of a sweep.
         processes: that train the pack together; each writes a record, and the leader's is the record of the run.
         sharing: number of processes that train on the device at the same time, each its own packs.
@@ -91,7 +99,7 @@ def train_pack(
     """
     runs = PackedRun.open_all(jobs)
     check_processes(runs[0].experiment.trainer)
-    inputs = inputs or SharedInputs.load(runs[0].experiment, processes)
+    inputs = inputs or SharedInputs.load(runs[0].experiment, processes, loaded)
     reset_peak_memory(inputs.backbone.device)
     pack = Pack(inputs.backbone, [member for run in runs for member in run.adapters(inputs)])
     try:

@@ -194,10 +194,10 @@ def test_a_failed_run_exits_1_and_keeps_its_traceback(in_tmp: Path, monkeypatch:
 
 
 def test_a_defect_before_the_run_exits_1_and_names_the_line(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(inputs, "load_splits", broken)
+    monkeypatch.setattr(inputs, "load_backbone", broken)
     answer = lora_bench("train", *TOY_RUN)
     assert answer.code == 1
     assert answer.err.count("\n") == 1

@@ -22,6 +22,7 @@ from lora_bench.data import sources
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluate import run_eval
 from lora_bench.records.job import Job
+from lora_bench.run.evaluation_request import EvaluationRequest
 from lora_bench.train import train
 from tests import messages, three_classes
 from tests.adapters.peft_tools import TASKS, bodies, in_peft, made_by_peft
@@ -51,7 +52,8 @@ def run(original: Path, tmp_path: Path) -> Path:
 
 def evaluated(run: Path, *overrides: str, choice: str = "toy") -> str:
     shown = io.StringIO()
-    run_eval(composed(f"run={run}", *overrides, name="eval"), data_choice=choice, console=Console(file=shown, width=60))
+    request = EvaluationRequest.read(composed(f"run={run}", *overrides, name="eval"), choice)
+    run_eval(request, console=Console(file=shown, width=60))
     return shown.getvalue()
 
 
@@ -247,7 +249,7 @@ def evaluated_peft(adapter: Path, *overrides: str) -> Any:
     before = files_below(adapter)
     shown = io.StringIO()
     asked = composed(f"peft={adapter}", *TOY, "output=figures", *overrides, name="eval")
-    run_eval(asked, data_choice="toy", console=Console(file=shown))
+    run_eval(EvaluationRequest.read(asked, "toy"), console=Console(file=shown))
     assert f"written: {Path('figures', 'evaluations', 'toy.json')}\n" in shown.getvalue()
     assert files_below(adapter) == before
     return read(Path("figures/evaluations/toy.json"))

@@ -17,6 +17,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lora_bench.config.canonical import settings_hash
 from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import flatten, key_of
 from lora_bench.config.multitask import compose_tasks
@@ -29,6 +30,7 @@ from lora_bench.records.folder_lock import Claim
 from lora_bench.records.settings import Settings
 from lora_bench.records.sweep_folder import Sweep
 from lora_bench.run.callbacks import check_callbacks
+from lora_bench.run.loaded_data import LoadedData
 from lora_bench.run.preflight import check_paths, check_processes
 from lora_bench.sweeps.sweep_display import count_ended, describe_interrupted, expect_jobs, training_pairs
 
@@ -73,6 +75,8 @@ class GridSweeper(BasicSweeper):
         self.variants = [variant.split() for variant in variants] or [[]]
         self.baseline_jobs: list[list[str]] = []
         """The jobs of the first variant, if there are several."""
+        self.checked_data: set[str] = set()
+        """Hashes of the settings of data that were loaded without a fault."""
         self.work: dict[str, float] = {}
         """The training pairs of each job that was checked, by its folder."""
         self.later_jobs: list[str] = []
@@ -332,9 +336,10 @@ class GridSweeper(BasicSweeper):
         """Check one job, and return its folder's name and the identity of its run (equal for equal settings).
 
         Raises:
-            UserError: the config or a setting is wrong, or its data or model does not exist.
+            UserError: the config or a setting is wrong, its model does not exist, or its data cannot be used.
         """
         name, composed, settings = self._check_settings(number, job)
+        self._check_data(settings)
         return name, _identity(composed, settings)
 
     def _check_each(self, jobs: Iterable[tuple[int, list[str]]], progress: Stage) -> list[tuple[str, str]]:
@@ -343,6 +348,8 @@ class GridSweeper(BasicSweeper):
         for number, job in jobs:
             checked.append(self._check_settings(number, job))
             progress.advance()
+        for _, _, settings in checked:
+            self._check_data(settings)
         with importing_libraries():
             return [(name, _identity(composed, settings)) for name, composed, settings in checked]
 
@@ -369,6 +376,20 @@ class GridSweeper(BasicSweeper):
         check_processes(settings.trainer)
         check_callbacks(settings.pack)
         return name, composed, settings
+
+    def _check_data(self, settings: Settings) -> None:
+        """Refuse data of a job that cannot be used, so that not every job of the sweep fails by it.
+
+        Data that were checked already are not loaded again, nor those of a sweep that is resumed.
+
+        Raises:
+            UserError: as `LoadedData.of_tasks`.
+        """
+        assert self.config is not None
+        identity = settings_hash((settings.data, settings.tasks, settings.trainer.main_metric))
+        if identity not in self.checked_data and not self.config.resume:
+            LoadedData.of_tasks(settings)
+            self.checked_data.add(identity)
 
     def _batches(self, folder: Path, recorded: Sweep, tried: Set[int]) -> Iterator[Batch]:
         """Yield the missing jobs that were not tried yet, by number, in batches of at most `max_batch_size`.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import open_dict
 
 from lora_bench.config.keys import key_of
 from lora_bench.errors import Code, DivergedError, UserError, quoted
@@ -158,6 +159,7 @@ class TransferSweeper(GridSweeper):
         from lora_bench.config.compose import compose
         from lora_bench.config.groups import conf_folder
         from lora_bench.evaluate import run_eval  # torch: late
+        from lora_bench.run.evaluation_request import EvaluationRequest
 
         for other in self.combinations:
             name = task_of(other)
@@ -170,9 +172,11 @@ class TransferSweeper(GridSweeper):
                 text for text in other if key_of(text).split(".")[0] == "data" and "augment" not in key_of(text)
             ]
             cfg = compose(conf_folder(), "eval", overrides, read(run.parent.parent).config_dir)
+            with open_dict(cfg):
+                cfg.pop("hydra")
             cfg.run, cfg.name = str(run), name
             try:
-                run_eval(cfg, data_choice=name, console=Console(quiet=True))
+                run_eval(EvaluationRequest.read(cfg, name), console=Console(quiet=True))
             except UserError as error:
                 print(f"{task_of(job)} cannot be scored on {name}: {error}")
 

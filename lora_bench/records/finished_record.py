@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
+from lora_bench.config.build import build_data
 from lora_bench.config.metric_names import task_form
 from lora_bench.errors import Code, UserError
 from lora_bench.evaluation.calibration import Calibration
@@ -23,6 +27,8 @@ from lora_bench.records.task_folders import refuse_multitask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from lora_bench.config.schema import Data
 
 GROUPS = ("model", "adapter", "data", "optimizer", "trainer", "metric", "pack", "ensemble", "head")
 """Config groups that a finished run may have."""
@@ -81,6 +87,24 @@ class FinishedRecord:
     def targets(self) -> dict[str, int | list[int]]:
         """Rank of each target module; a list with one rank per member where an ensemble's members differ."""
         return self.record["targets"]  # type: ignore[no-any-return]
+
+    @cached_property
+    def data(self) -> Data:
+        """The settings of its data, with the names of its classes.
+
+        Raises:
+            UserError: the record is damaged.
+        """
+        try:
+            data = build_data(OmegaConf.create(self.config["data"]))
+        except UserError as error:
+            raise self.damaged(error) from None
+        return replace(data, label_names=self.label_names, positive_label=None)
+
+    def damaged(self, error: UserError) -> UserError:
+        """Return a refusal of the record for a value that `error` refused."""
+        reason = f"is damaged: {str(error).removesuffix('.')}"
+        return UserError(reason, file=self.folder / RECORD_FILE, code=Code.DAMAGED)
 
     @property
     def form(self) -> str:

@@ -13,12 +13,11 @@ from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.backbones.quantized_network import Quantization
 from lora_bench.console.stages import stage
 from lora_bench.console.text import note
-from lora_bench.data import sources
 from lora_bench.data.augmentation import training_tables
 from lora_bench.data.tokenization import TokenTable, scoring_table, truncation_notes
-from lora_bench.errors import Code, UserError
+from lora_bench.errors import UserError
 from lora_bench.evaluation.metrics import check_metrics
-from lora_bench.evaluation.stress_splits import describe_stress_splits
+from lora_bench.run.loaded_data import LoadedData
 from lora_bench.run.model_memory import WeightMemory
 from lora_bench.training.distributed import SINGLE_PROCESS, Processes
 from lora_bench.training.memory import keep_freed_memory
@@ -81,27 +80,17 @@ class Task:
         return replace(self, tables=merged, second_view=second_view)
 
     @classmethod
-    def read(
-        cls,
-        data: schema.Data,
-        splits: dict[str, Examples],
-        described: dict[str, Any],
-        backbone: Backbone,
-        trainer: schema.Trainer,
-        *,
-        head: int,
-    ) -> Task:
-        """Tokenize the result of `load_splits`.
+    def read(cls, loaded: LoadedData, backbone: Backbone, trainer: schema.Trainer, *, head: int) -> Task:
+        """Tokenize the data of a task.
 
         Args:
-            data: settings of the task, with the names of its classes.
-            splits: by name.
-            described: the description of the data for the record; the truncated rows and the tokens of the longest
-                row are added to it, by split.
+            loaded: the data; the truncated rows and the tokens of the longest row are added to its description, by
+                split.
             backbone: gives the tokenizer.
             trainer: objective, and whether both orders are scored.
             head: number of the task, and of the head that learns it where a member has several.
         """
+        data, splits, described = loaded.data, loaded.splits, loaded.described
         reader = backbone.for_task(data.task)
         train, second_view = training_tables(data, splits["train"], reader, trainer.objective_of(data), head)
         both = trainer.scores_both_orders_of(data)
@@ -177,7 +166,12 @@ class SharedInputs:
         return experiment.with_data([task.data for task in self.tasks.values()])
 
     @classmethod
-    def load(cls, experiment: Experiment, processes: Processes = SINGLE_PROCESS) -> SharedInputs:
+    def load(
+        cls,
+        experiment: Experiment,
+        processes: Processes = SINGLE_PROCESS,
+        loaded: dict[str, LoadedData] | None = None,
+    ) -> SharedInputs:
         """Load data and backbone, and tokenize the data.
 
         For the process it also sets the number of threads (`trainer.threads`, or those that the load leaves free) and
@@ -186,6 +180,8 @@ class SharedInputs:
         Args:
             experiment: the settings.
             processes: that will train together, and over which the backbone is sharded if the settings say so.
+            loaded: the data of each task, if they are loaded already. They are taken out, so that the texts do not stay
+                in memory.
 
         Raises:
             UserError: the data or the backbone cannot be loaded, or they do not fit together.
@@ -194,69 +190,19 @@ class SharedInputs:
         keep_freed_memory()
         if trainer.threads:
             torch.set_num_threads(trainer.threads)
-        loaded = {name: load_splits(single.data) for name, single in experiment.by_task.items()}
-        for data, *_ in loaded.values():
-            trainer.main_metric_of(data)
-            check_metrics(experiment.metrics, data.form, data.outputs)
-        experiment = experiment.with_data([data for data, *_ in loaded.values()])
+        if loaded is None:
+            loaded = LoadedData.of_tasks(experiment)
+        for of_task in loaded.values():
+            check_metrics(experiment.metrics, of_task.data.form, of_task.data.outputs)
+        experiment = experiment.with_data([of_task.data for of_task in loaded.values()])
         device = resolve_device(trainer.device)
         shards = processes.size if trainer.sharding == "fsdp" else 1
         precision = resolve_precision(trainer.precision, device)
         backbone, sha256 = load_backbone(experiment, device, precision, shards=shards)
-        tasks = {name: Task.read(*loaded[name], backbone, trainer, head=i) for i, name in enumerate(loaded)}
+        tasks = {name: Task.read(loaded.pop(name), backbone, trainer, head=i) for i, name in enumerate(list(loaded))}
         if not trainer.threads and device.type == "cpu" and (text := fit_threads(earlier)) and processes.is_leader:
             note(text)
         return cls(backbone, sha256, tasks)
-
-
-def load_splits(data: schema.Data) -> tuple[schema.Data, dict[str, Examples], dict[str, Any]]:
-    """Load train, selection and every labelled split to report, and describe them for the record.
-
-    The selection split is a part of the train split. With `data.report=false` no split is reported.
-
-    Returns:
-        The settings with the names of the classes, the splits by name, train and selection first, and the description.
-
-    Raises:
-        UserError: the source cannot be read, has no train split, or no labelled split to report.
-    """
-    with stage(f"reading {data.task}"):
-        data, loaded = sources.load(data)
-    if "train" not in loaded:
-        raise UserError(
-            "there is no train split",
-            key="data",
-            remedy=f"The data has only: {', '.join(loaded)}. Training needs a train file with labels.",
-            code=Code.EMPTY,
-        )
-    reported = sources.reported_splits(loaded) if data.report else {}
-    if data.report and not reported:
-        raise UserError(
-            "there is no labelled split to report on",
-            key="data",
-            remedy="Add a validation file with labels: scores on the training pairs are no evidence.",
-            code=Code.EMPTY,
-        )
-    _require_two_labels(data, loaded["train"])
-    with stage(f"checking {data.task}"):
-        train, selection = sources.split_selection(loaded["train"], data)
-        splits = {"train": train, "selection": selection, **reported}
-        described = sources.describe_data(data, splits) | describe_stress_splits(data, reported, [train, selection])
-    return data, splits, described
-
-
-def _require_two_labels(data: schema.Data, train: Examples) -> None:
-    """Refuse training data whose labels are all the same, from which nothing can be learned."""
-    if train.labels is None or len(train) == 0 or train.labels.min() < train.labels.max():
-        return
-    label = f"{train.labels[0]:g}" if data.label_names is None else data.label_names[int(train.labels[0])]
-    raise UserError(
-        f"all {len(train):,} rows of train have the label {label}",
-        key="data.label_column",
-        value=data.label_column,
-        remedy="Name the column of the labels, and give examples of at least two.",
-        code=Code.INVALID_DATA,
-    )
 
 
 def load_backbone(

@@ -109,28 +109,6 @@ def check_run(folder: str, key: str = "run") -> None:
     FinishedRecord.read(folder, key)
 
 
-def check_eval(cfg: DictConfig) -> None:
-    """Refuse an evaluation that names both or neither of `run` and `peft`, or data or a run that do not exist.
-
-    The key `run` is set to the folder of the run that it names, which must be finished and of one task. The folder of
-    an adapter is not checked here. An unknown key is refused; keys of a model family are checked as it is built.
-    """
-    build.check_names(cfg, ("run", "peft", "model", "data", "metric", "name", "output", "device"))
-    if "family" not in cfg.model:
-        build.check_names(cfg.model, MODEL_KEYS, "model.")
-    require(
-        bool(cfg.run) != bool(cfg.peft),
-        "eval",
-        None,
-        "needs either a finished run or an adapter made by PEFT",
-        "Give run=DIR or peft=DIR.",
-        code=Code.CONFLICT if cfg.run else Code.MISSING,
-    )
-    check_data(build.build_data(cfg.data))
-    if cfg.run:
-        FinishedRecord.read(resolve_run(cfg))
-
-
 EXPORT_FORMATS = ("peft", "merged", "onnx", "torch")
 """The choices of `format` of `lora-bench export`."""
 MODEL_FORMATS = ("peft", "merged")

@@ -173,13 +173,11 @@ class Experiment:
             experiment = cls.build(OmegaConf.create(finished.config | {"metric": {}}))
             if experiment.tasks:
                 return experiment
-            names = finished.label_names
-            return experiment.with_data([replace(experiment.data, label_names=names, positive_label=None)])
+            return experiment.with_data([finished.data])
         except UserError as error:
             if error.code == Code.EXTENSION:
                 raise
-            reason = f"is damaged: {str(error).removesuffix('.')}"
-            raise UserError(reason, file=finished.folder / RECORD_FILE, code=Code.DAMAGED) from None
+            raise finished.damaged(error) from None
 
 
 def _check_metrics(single: Experiment) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_bench.records.job import Job
+    from lora_bench.run.loaded_data import LoadedData
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,19 @@ class PackCost:
         return (selection_seconds + counts[-1] * reported) / len(self.members)
 
 
-def print_run_estimate(job: Job, console: Console) -> None:
+def print_run_estimate(job: Job, console: Console, loaded: dict[str, LoadedData] | None = None) -> None:
     """Print the estimated cost of a run: parameters, steps, FLOPs, time, memory.
+
+    Args:
+        job: the run.
+        console: receives the table.
+        loaded: the data of each task, if they are loaded already; they are taken out.
 
     Raises:
         UserError: the request cannot be met.
     """
     experiment = Experiment.of_job(job)
-    inputs = SharedInputs.load(experiment)
+    inputs = SharedInputs.load(experiment, loaded=loaded)
     single = estimate_run(experiment, inputs)
     members = experiment.ensemble.size
     cost = _pack_cost([job], [experiment], inputs, {_setting_key(experiment): single}, set(), console)

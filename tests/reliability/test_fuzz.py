@@ -23,7 +23,7 @@ from lora_bench import train
 from lora_bench.adapters.peft import files
 from lora_bench.config.build import build
 from lora_bench.errors import Code, UserError
-from lora_bench.run import inputs
+from lora_bench.run.loaded_data import LoadedData
 from lora_bench.run.settings import Experiment
 from lora_bench.training import checkpoint
 from lora_bench.training.checkpoint import Checkpoints
@@ -126,11 +126,11 @@ def test_random_data_files_are_read_or_refused(in_tmp: Path) -> None:
             old.unlink()
         Path("train" + ending).write_bytes(content)
         try:
-            _, splits, described = inputs.load_splits(settings_by_size[size])
+            loaded = LoadedData.load(settings_by_size[size])
         except UserError as error:
             assert "\n" not in str(error)  # noqa: PT017
             return
-        assert described["rows"]["train"] == len(splits["train"]) >= 1
+        assert loaded.described["rows"]["train"] == len(loaded.splits["train"]) >= 1
 
     check()
 

@@ -23,9 +23,14 @@ WRONG = [
     "train model=tiny_bert data=toy optimizer.lr=abc",
     "train model=tiny_bert data=toy adapter.init_from=nowhere",
     "train -m model=tiny_bert data=pairs data.path=nowhere seed=0,1",
+    "train model=tiny_bert data=pairs data.path=. data.label_column=nothing",
+    "train model=tiny_bert data=pairs data.path=. data.selection_size=100 dry_run=true",
+    "train -m model=tiny_bert data=pairs data.path=. data.label_column=nothing seed=0,1",
+    "train -m model=tiny_bert data=pairs data.path=. trainer.main_metric=macro_f1 seed=0,1",
     "train resume=nowhere",
     "eval run=nowhere data=toy",
     "eval data=toy",
+    "eval peft=adapter data=pairs data.path=. data.label_column=nothing",
     "predict run=nowhere input=nothing.tsv",
     "export run=nowhere format=peft output=out",
     "prompt llm.model=x llm.base_url=http://localhost:1 data=pairs data.path=nowhere",
@@ -41,13 +46,18 @@ for command in json.loads(sys.argv[1]):
 
 
 def test_a_wrong_request_imports_nothing_heavy(in_tmp: Path) -> None:
+    for name in ("train.tsv", "validation.tsv"):
+        Path(name).write_text("question1\tquestion2\tlabel\n" + "a\tb\t0\nc\td\t1\n" * 5)
+    of_adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["query"]}
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text(json.dumps(of_adapter | {"base_model_name_or_path": "x"}))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", SCRIPT, json.dumps(WRONG)]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=environment)
-    lines = [json.loads(line) for line in answer.stdout.splitlines() if not line.endswith(": checking")]
+    lines = [json.loads(line) for line in answer.stdout.splitlines() if not line.endswith(("checking", "loading"))]
     assert lines == [[command, 2, []] for command in WRONG]
     assert answer.stderr.count("\n") == len(WRONG), answer.stderr
-    assert list(in_tmp.iterdir()) == []
+    assert {path.name for path in in_tmp.iterdir()} == {"adapter", "train.tsv", "validation.tsv"}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import lora_bench
 from lora_bench.data.examples import Examples
 from lora_bench.data.tokenization import scoring_table, tokenize
 from lora_bench.records.predictions import read
-from lora_bench.run.inputs import load_splits
+from lora_bench.run.loaded_data import LoadedData
 from lora_bench.training.prediction import predict
 from tests import command_line
 from tests.adapters.tools import adapter, experiment, pack, stir
@@ -61,7 +61,7 @@ def test_a_run_chooses_reports_and_predicts_so(kept: bool, objective: str) -> No
     assert (record["cost"]["prefix_fill_flops"] is not None) == kept
     run = lora_bench.load("run")
     assert run.predict(PAIRS) == pytest.approx(run.predict([pair[::-1] for pair in PAIRS]), abs=1e-6)
-    _, splits, _ = load_splits(run.experiment.data)
+    splits = LoadedData.load(run.experiment.data).splits
     for name in ("validation", "selection"):
         scores_again = run.score(splits[name])
         plain, swapped = (

@@ -19,7 +19,7 @@ from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.evaluation.cost import FlopModel
 from lora_bench.records import run_folder
 from lora_bench.records.job import Job
-from lora_bench.run.inputs import load_splits
+from lora_bench.run.loaded_data import LoadedData
 from lora_bench.run.settings import Experiment
 from lora_bench.sweeps.cost_estimate import estimate_run
 from lora_bench.train import train
@@ -44,7 +44,7 @@ def experiment_of(*overrides: str) -> Experiment:
 
 def given(experiment: Experiment, pack: Pack) -> tuple[dict[str, TokenTable], TokenTable | None]:
     """The tables, and the training pairs once more where the objective asks for it."""
-    _, splits, _ = load_splits(experiment.data)
+    splits = LoadedData.load(experiment.data).splits
     columns, limit = experiment.data.text_columns, experiment.data.max_length
     train, second_view = training_tables(experiment.data, splits["train"], pack.backbone, experiment.trainer.objective)
     others = {name: tokenize(split, columns, pack.backbone, limit) for name, split in splits.items() if name != "train"}
