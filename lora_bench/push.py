@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_bench.config.build import check_names
 from lora_bench.console.stages import stage
 from lora_bench.console.text import sanitise
 from lora_bench.errors import Code, UserError, require
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
+_KEYS = ("run", "repo", "private", "overwrite", "predictions", "license", "dry_run", "output")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,49}")
 
 
@@ -51,6 +53,7 @@ class PushRequest:
         Raises:
             UserError: naming the key that is wrong.
         """
+        check_names(cfg, _KEYS)
         for key in ("private", "overwrite", "predictions", "dry_run"):
             require(type(cfg[key]) is bool, key, cfg[key], "must be true or false")
         run, repository = str(cfg.run), str(cfg.repo).removeprefix(SCHEME)

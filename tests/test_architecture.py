@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "deployment": "errors console data backbones head evaluation adapters training run",
     "export": "errors config console files backbones records adapters run deployment",
     "publishing": "errors config console files evaluation records adapters analysis",
-    "push": "errors console files records publishing",
+    "push": "errors config console files records publishing",
     "prompt": "errors config console files data evaluation records tracking llm",
     "compare": "errors config console files records analysis report",
     "clean": "errors console files records",

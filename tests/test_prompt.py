@@ -455,6 +455,7 @@ def test_answers_from_elsewhere(in_tmp: Path) -> None:
         ("id\tlabel\n0\t1\n0\t1\n", 3, "id 0"),
         ("id\tlabel\n12\t1\n", 2, "id '12'"),
         ("id\tscore\n0\tnan\n", 2, "score 'nan'"),
+        ("id\tscore\n0\t1_0\n", 2, "score '1_0'"),
         ("id\tanswer\n0\t1\n", None, "id, answer"),
     ],
 )

@@ -341,7 +341,7 @@ class Optimizer:
     """Maximum 2-norm of the gradient of a member; null: no clipping."""
 
     def __post_init__(self) -> None:
-        """Check the ranges: `lr`, `eps` and `grad_clip_norm` above 0, the betas below 1, `warmup` in [0, 1].
+        """Check the ranges: `lr` and `grad_clip_norm` above 0, `eps` from 1e-30, the betas below 1, `warmup` in [0, 1].
 
         Raises:
             UserError: naming the key, as for an unknown `schedule`.
@@ -350,7 +350,7 @@ class Optimizer:
         require_number("weight_decay", self.weight_decay, 0)
         require_number("beta1", self.beta1, 0, 0.999999)
         require_number("beta2", self.beta2, 0, 0.999999)
-        require_number("eps", self.eps, 0, open_low=True)
+        require_number("eps", self.eps, 1e-30)  # the moments are in fp32
         require_number("warmup", self.warmup, 0, 1)
         require_one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
         if self.grad_clip_norm is not None:

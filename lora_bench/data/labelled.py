@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,8 @@ def check_texts(table: Table, suffix: str) -> None:
 def encode(table: Table, predictions: Mapping[str, Sequence[Any]], suffix: str) -> tuple[bytes, int]:
     """Encode a table with predictions behind its columns.
 
-    A value that a row of JSONL lacks is an empty cell in TSV and CSV, null in Parquet, and still missing in JSONL.
+    A value that a row of JSONL lacks is an empty cell in TSV and CSV, null in Parquet, and still missing in JSONL. NaN
+    and infinity of Parquet are null in JSON.
 
     Args:
         table: the input; `check_texts` has accepted it.
@@ -101,7 +103,7 @@ def encode(table: Table, predictions: Mapping[str, Sequence[Any]], suffix: str) 
     if suffix == ".jsonl":
         rows = zip(records, zip(*predictions.values(), strict=True), strict=True)
         lines = (
-            json.dumps({**record, **dict(zip(predictions, values, strict=True))}, ensure_ascii=False, default=_text)
+            _json({**record, **dict(zip(predictions, values, strict=True))}, ensure_ascii=False)
             for record, values in rows
         )
         # Python's escape of half of a surrogate pair is JSON's.
@@ -139,8 +141,25 @@ def _cell(value: Any) -> str | int | float:
     if value is None:
         return ""
     if isinstance(value, bool | list | dict | tuple):
-        return json.dumps(value, ensure_ascii=True, default=_text)
+        return _json(value, ensure_ascii=True)
     return _text(value)
+
+
+def _json(value: Any, *, ensure_ascii: bool) -> str:
+    """Return JSON, with null for NaN and infinity, which JSON does not have, and any other value as `_text`."""
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii, default=_text, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=ensure_ascii, default=_text)
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with None for numbers in it that are not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _text(value: Any) -> str:

@@ -83,7 +83,7 @@ class _NumericLabels(LabelFormat):
 
     def is_hidden(self, values: Sequence[Any]) -> bool:
         """Return whether all labels are hidden: -1, in any spelling, in every row."""
-        return all(_to_number(value) == -1 for value in values)
+        return all(to_number(value) == -1 for value in values)
 
 
 @dataclass(frozen=True)
@@ -187,11 +187,11 @@ class NumberLabels(_NumericLabels):
         return numbers
 
 
-def _to_number(value: Any) -> float:
+def to_number(value: Any) -> float:
     """Return a number, or a text that is one, as a float; NaN for anything else, booleans included."""
     # float() also reads 1_0, as 10, and the digits of every script.
     is_plain = type(value) is str and value.isascii() and "_" not in value
-    if is_plain or type(value) in (int, float):
+    if is_plain or type(value) in (int, float, Decimal):
         with suppress(ValueError, OverflowError):
             return float(value)
     return math.nan
@@ -203,7 +203,7 @@ def read_numbers(values: Sequence[Any], remedy: str) -> NDArray[np.float64]:
     Raises:
         LabelError: a value is not one, with this remedy.
     """
-    numbers = np.array([_to_number(value) for value in values], dtype=np.float64)
+    numbers = np.array([to_number(value) for value in values], dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(numbers))
     if len(bad):
         raise LabelError(f"label {excerpt(values[bad[0]])} is not a finite number", int(bad[0]), remedy)
@@ -303,7 +303,7 @@ def _no_class_remedy(value: Any, column: str) -> str:
 
 def _distinct_numbers(values: Sequence[Any]) -> list[float]:
     """Return the distinct numbers of a column of numbers, ascending; empty if one of its values is no number."""
-    numbers = {_to_number(value) for value in values[:10_000] if type(value) in (str, int, float, bool)}
+    numbers = {to_number(value) for value in values[:10_000] if type(value) in (str, int, float, bool)}
     if any(map(math.isnan, numbers)):
         return []
     return sorted(number for number in numbers if math.isfinite(number) and number != -1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_bench.config.metric_names import SUM_TOLERANCE
 from lora_bench.data.labelled import probability_columns
-from lora_bench.data.labels import ClassLabels, LabelError
+from lora_bench.data.labels import ClassLabels, LabelError, to_number
 from lora_bench.data.readers import read_table
 from lora_bench.errors import Code, UserError
 from lora_bench.files import untrusted
@@ -174,10 +174,7 @@ def _is_missing(value: Any) -> bool:
 
 def _number(value: Any) -> float | None:
     """Return a number, or a text that is one, as a float; None for truth values, NaN, infinity and anything else."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
+    number = to_number(value)
     return number if math.isfinite(number) else None
 
 

@@ -127,9 +127,9 @@ class Run:
             is_task: the folder is that of one task inside the folder of its run.
 
         Raises:
-            UserError: the folder's name holds a secret, the folder holds a run or is inside a run's folder, is claimed
-                by another process, or cannot be written. An existing run is unchanged; a folder that was created is not
-                removed.
+            UserError: the folder's name holds a secret, the folder holds a run, runs in folders below it, or is inside
+                a run's folder; it is claimed by another process, or cannot be written. An existing run is unchanged; a
+                folder that was created is not removed.
         """
         refuse_secret_name(folder)
         request = {"choices": choices, "config": config, "overrides": overrides}
@@ -139,6 +139,7 @@ class Run:
         try:
             if not is_task:
                 refuse_inside_run(folder, "hydra.run.dir")
+                _refuse_above_runs(folder)
             folder.mkdir(parents=True, exist_ok=True)
             refuse_existing_run(folder)
             lock = folder_lock.acquire(folder)
@@ -556,6 +557,18 @@ def refuse_inside_run(folder: Path, key: str) -> None:
             reason = f"is inside the folder of a run, {above}, where no command would list it"
             remedy = "Give a folder outside of it."
             raise UserError(reason, key=key, value=folder, remedy=remedy, code=Code.EXISTS)
+
+
+def _refuse_above_runs(folder: Path) -> None:
+    """Refuse a folder for a new run with other runs below it, which `find_runs` would no longer find.
+
+    Raises:
+        UserError: a folder below holds a record that can be read.
+    """
+    for below, reason in walk(folder) if folder.is_dir() else ():
+        if below != folder and reason is None and _is_record(below):
+            reason = f"holds other runs, such as {below}, which no command would list any more"
+            raise UserError(reason, key="hydra.run.dir", value=folder, remedy=_NEW_FOLDER, code=Code.EXISTS)
 
 
 def _is_record(folder: Path) -> bool:

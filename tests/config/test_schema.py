@@ -201,7 +201,7 @@ RANGES = [
     ("optimizer", "weight_decay", [0, 1], [-0.1, math.inf]),
     ("optimizer", "beta1", [0, 0.9], [1, -0.1]),
     ("optimizer", "beta2", [0, 0.999], [1, math.nan]),
-    ("optimizer", "eps", [1e-8], [0]),
+    ("optimizer", "eps", [1e-8, 1e-30], [0, 1e-300]),
     ("optimizer", "warmup", [0, 1], [1.01, -0.01]),
     ("optimizer", "schedule", ["linear", "cosine", "constant"], ["", "Linear"]),
     ("optimizer", "grad_clip_norm", [None, 0.5], [0, -1, math.inf]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,15 @@ def test_parquet_values_are_converted_to_text(tmp_path: Path) -> None:
     for suffix in (".csv", ".tsv", ".jsonl"):
         table = read_table(write_predictions(tmp_path, source, suffix)[0])
         assert [table.column(name)[0] for name in list(columns)[:-1]] == expected
+
+
+def test_numbers_of_parquet_that_json_does_not_have_are_null(tmp_path: Path) -> None:
+    source = tmp_path / "in.parquet"
+    columns = {"a": ["x", "y"], "number": [math.nan, 1.5], "nested": [[{"k": math.inf}], [{"k": 2.0}]]}
+    parquet.write_table(pa.table(columns), source)
+    lines = write_predictions(tmp_path, source, ".jsonl")[0].read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [(row["number"], row["nested"]) for row in rows] == [(None, [{"k": None}]), (1.5, [{"k": 2.0}])]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -148,7 +149,7 @@ def test_similar_names_differ_in_case_or_white_space_only() -> None:
     ("label_format", "read"), [(NumberLabels(), [0.5, 4.0, -1.0]), (ThresholdLabels(4.0), [0, 1, 0])]
 )
 def test_numbers_are_read_from_texts_and_numbers(label_format: LabelFormat, read: list[float]) -> None:
-    for values in (["0.5", "4", "-1"], [0.5, 4, -1]):
+    for values in (["0.5", "4", "-1"], [0.5, 4, -1], [Decimal("0.5"), 4, Decimal("-1")]):
         assert label_format.read(values, "score").tolist() == read
     for bad in ("five", "", "nan", "4,5", None, True, float("inf"), "1e999", 10**400, "1_0", "١", "٣.٥"):
         with pytest.raises(LabelError) as caught:

@@ -71,6 +71,15 @@ def test_a_folder_inside_a_run_is_refused_but_for_its_tasks(run: Run) -> None:
     assert files(run.folder) > before
 
 
+def test_a_folder_that_holds_runs_is_refused(run: Run) -> None:
+    above = run.folder.parent
+    before = files(above)
+    with refuses(Code.EXISTS, key="hydra.run.dir") as caught:
+        take(above)
+    assert caught.value.value == above
+    assert files(above) == before
+
+
 def test_a_taken_folder_is_refused_and_untouched(run: Run) -> None:
     before = {name: (run.folder / name).read_bytes() for name in files(run.folder)}
     with refuses(Code.EXISTS, key="hydra.run.dir") as caught:
@@ -408,8 +417,10 @@ def test_reading_fills_absent_keys_and_drops_what_is_not_finite(tmp_path: Path) 
 
 
 def test_find_sorts_naturally_and_stays_out_of_run_folders(tmp_path: Path) -> None:
-    for name in ("2/checkpoints/inner", "10", "2", "1", "x/3"):
+    for name in ("10", "2", "1", "x/3"):
         take(tmp_path / "sweep" / name)
+    inner = tmp_path / "sweep/2/tasks/inner"
+    Run.claim(inner, choices=CHOICES, config={}, overrides=[], is_task=True)
     (tmp_path / "sweep/9").mkdir()
     (tmp_path / "sweep/9/run.json").write_text("{")
     (tmp_path / "sweep/loop").symlink_to(tmp_path)

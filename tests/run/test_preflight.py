@@ -69,6 +69,7 @@ def test_a_wrong_request_imports_nothing_heavy(in_tmp: Path) -> None:
         ("eval run=x data=toy +model.paht=z", "model.paht"),
         ("export run=x format=peft output=y +seed=1", "seed"),
         ("export run=x format=peft output=y ++model.paht=z", "model.paht"),
+        ("push x me/name +licence=mit", "licence"),
     ],
 )
 def test_an_added_key_that_no_command_reads_is_refused(in_tmp: Path, command: str, key: str) -> None:
