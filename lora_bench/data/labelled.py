@@ -147,10 +147,7 @@ def _cell(value: Any) -> str | int | float:
 
 def _json(value: Any, *, ensure_ascii: bool) -> str:
     """Return JSON, with null for NaN and infinity, which JSON does not have, and any other value as `_text`."""
-    try:
-        return json.dumps(value, ensure_ascii=ensure_ascii, default=_text, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(value), ensure_ascii=ensure_ascii, default=_text)
+    return json.dumps(_finite(value), ensure_ascii=ensure_ascii, default=_text, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -213,6 +213,10 @@ def refuse_removed_settings(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+MODEL_KEYS = ("path", "tokenizer")
+"""Keys of the group `model` of a command that takes a finished run."""
+
+
 class ModelPaths(TypedDict):
     """New paths of a finished run's backbone and tokenizer; None keeps the recorded one."""
 
@@ -224,9 +228,9 @@ def model_paths(node: Mapping[str, Any]) -> ModelPaths:
     """Return the paths that a command was given for a finished run.
 
     Args:
-        node: the command's `model` group, with the keys `path` and `tokenizer`.
+        node: the command's `model` group, with the keys `MODEL_KEYS`.
     """
-    path, tokenizer = (None if node[key] is None else str(node[key]) for key in ("path", "tokenizer"))
+    path, tokenizer = (None if node[key] is None else str(node[key]) for key in MODEL_KEYS)
     return ModelPaths(model_path=path, tokenizer=tokenizer)
 
 

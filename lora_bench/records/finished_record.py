@@ -98,13 +98,8 @@ class FinishedRecord:
         try:
             data = build_data(OmegaConf.create(self.config["data"]))
         except UserError as error:
-            raise self.damaged(error) from None
+            raise damaged(self.folder, error) from None
         return replace(data, label_names=self.label_names, positive_label=None)
-
-    def damaged(self, error: UserError) -> UserError:
-        """Return a refusal of the record for a value that `error` refused."""
-        reason = f"is damaged: {str(error).removesuffix('.')}"
-        return UserError(reason, file=self.folder / RECORD_FILE, code=Code.DAMAGED)
 
     @property
     def form(self) -> str:
@@ -148,9 +143,7 @@ class FinishedRecord:
         try:
             return cls._checked(path, record)
         except UserError as error:
-            raise UserError(
-                f"is damaged: {str(error).removesuffix('.')}", file=path / RECORD_FILE, code=Code.DAMAGED
-            ) from None
+            raise damaged(path, error) from None
 
     @classmethod
     def _checked(cls, path: Path, record: dict[str, Any]) -> FinishedRecord:
@@ -190,6 +183,12 @@ class FinishedRecord:
             has_threshold = all(fitted is None or fitted.threshold is not None for fitted in (calibration, *of_members))
             _require(has_threshold, "selection.threshold", "is null, and the run has two classes")
         return cls(path, record, config, columns, label_names, members, precision, sha256, *calibrations)
+
+
+def damaged(folder: Path, error: UserError) -> UserError:
+    """Return the refusal of a run's record for a value in it that `error` refused."""
+    reason = f"is damaged: {str(error).removesuffix('.')}"
+    return UserError(reason, file=folder / RECORD_FILE, code=Code.DAMAGED)
 
 
 def _sha256(path: Path) -> str:

@@ -16,18 +16,20 @@ from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.evaluation.stress_splits import resolve_transforms
 from lora_bench.files.paths import check_folder
 from lora_bench.records import hub_run
+from lora_bench.records.backfill import MODEL_KEYS
 from lora_bench.records.evaluations import read_evaluations
 from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.hub_run import is_on_hub
 from lora_bench.records.run_folder import EVALUATIONS, Run, file_name
 from lora_bench.records.run_names import resolve_run
-from lora_bench.run.prediction_request import DEVICES, MODEL_KEYS
+from lora_bench.run.prediction_request import DEVICES
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lora_bench.config.schema import Data, Metric
     from lora_bench.data.examples import Examples
+    from lora_bench.records.hub_run import HubRun
 
 _KEYS = ("run", "peft", "model", "data", "metric", "name", "output", "device")
 
@@ -107,14 +109,13 @@ class EvaluationRequest:
         splits = sources.reported_splits(loaded)
         reason = "there is no labelled validation or test split to score"
         require(bool(splits), "data", data_choice, reason, code=Code.EMPTY)
-        target = _target(cfg, subject)
+        source = hub_run.parse(cfg.run, "run") if cfg.run and is_on_hub(cfg.run) else None
+        target = _target(cfg.output, subject, source)
         described = sources.describe_data(data, splits)
         _refuse_other_data(target.folder, title, data, described["fingerprint"])
-        source = None
-        if cfg.run and is_on_hub(cfg.run):
-            source = str(hub_run.parse(cfg.run, "run")._replace(revision=subject.folder.name))  # the commit
+        commit = None if source is None else str(source._replace(revision=subject.folder.name))
         of_data = data, data_choice, splits, described
-        return cls(subject, source, *of_data, metrics, title, target, cfg.model, str(cfg.device), notes)
+        return cls(subject, commit, *of_data, metrics, title, target, cfg.model, str(cfg.device), notes)
 
 
 def _check_data(data: Data) -> None:
@@ -165,27 +166,31 @@ def _load_for_run(data: Data, finished: FinishedRecord, notes: list[str]) -> tup
     return replace(data, type=trained.type, label_names=names, label_threshold=None, positive_label=None), splits
 
 
-def _target(cfg: DictConfig, subject: FinishedRecord | PeftConfig) -> Run:
+def _target(output: str | None, subject: FinishedRecord | PeftConfig, source: HubRun | None) -> Run:
     """Return the folder of the results, after a check that it can be written: the run's own, or `output`.
 
     Without `output`, those of an adapter and of a run on the hub go into a new folder below `outputs`. It is not
     created.
 
+    Args:
+        output: as requested.
+        subject: the run or adapter.
+        source: the run's repository; None: it is not on the hub.
+
     Raises:
         UserError: it is not writable, or `output` is the folder of the adapter or run, or is inside it.
     """
-    if isinstance(subject, FinishedRecord) and not is_on_hub(cfg.run):
+    if isinstance(subject, FinishedRecord) and source is None:
         check_folder(subject.folder / EVALUATIONS, "run")
         return Run(subject.folder, subject.record)
-    kind, name = "peft", subject.folder.resolve().name
-    if isinstance(subject, FinishedRecord):
-        kind, name = "hub", hub_run.parse(cfg.run, "run").repository.replace("/", "--")
-    output = Path(cfg.output or Path("outputs", kind, f"{name}-{datetime.now():%Y-%m-%d-%H-%M-%S-%f}"))
-    if subject.folder.resolve() in (output.resolve(), *output.resolve().parents):
-        reason = f"is inside the {'adapter' if kind == 'peft' else 'run'}'s folder, which must not change"
-        raise UserError(reason, key="output", value=cfg.output, code=Code.EXISTS)
-    check_folder(output, "output")
-    return Run(output, {})
+    kind, name = ("peft", subject.folder.resolve().name) if source is None else ("hub", source.repository)
+    now = f"{datetime.now():%Y-%m-%d-%H-%M-%S-%f}"
+    folder = Path(output or Path("outputs", kind, f"{name.replace('/', '--')}-{now}"))
+    if subject.folder.resolve() in (folder.resolve(), *folder.resolve().parents):
+        reason = f"is inside the {'adapter' if source is None else 'run'}'s folder, which must not change"
+        raise UserError(reason, key="output", value=output, code=Code.EXISTS)
+    check_folder(folder, "output")
+    return Run(folder, {})
 
 
 def _refuse_other_data(folder: Path, title: str, data: Data, fingerprints: dict[str, str]) -> None:

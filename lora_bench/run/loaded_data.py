@@ -1,14 +1,15 @@
-"""The data of a task, read, split and described without torch, so that a fault in a file is answered quickly."""
+"""The data of a task, read and split without torch, so that a fault in a file is answered quickly."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.console.stages import stage
 from lora_bench.data import sources
 from lora_bench.errors import Code, UserError
-from lora_bench.evaluation.stress_splits import describe_stress_splits
+from lora_bench.evaluation.stress_splits import describe_stress_splits, resolve_transforms
 
 if TYPE_CHECKING:
     from lora_bench.config.schema import Data
@@ -25,15 +26,23 @@ class LoadedData:
     """The settings, with the names of the classes."""
     splits: dict[str, Examples]
     """`train`, `selection`, which is a part of the train split, and every labelled split to report."""
-    described: dict[str, Any]
-    """The description of the data for the record."""
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """The description of the data for the record; it takes as long as reading them, and a check needs none."""
+        seen = [self.splits["train"], self.splits["selection"]]
+        reported = {name: split for name, split in self.splits.items() if name not in ("train", "selection")}
+        with stage(f"checking {self.data.task}"):
+            described = sources.describe_data(self.data, self.splits)
+            return described | describe_stress_splits(self.data, reported, seen)
 
     @classmethod
     def load(cls, data: Data) -> LoadedData:
         """Load and check the data; with `data.report=false` no split is reported.
 
         Raises:
-            UserError: the source cannot be read, has no train split, no labelled split to report, or only one label.
+            UserError: the source cannot be read, has no train split, no labelled split to report, or only one label;
+                or `data.perturb` names no transform that suits them.
         """
         with stage(f"reading {data.task}"):
             data, loaded = sources.load(data)
@@ -53,11 +62,9 @@ class LoadedData:
                 code=Code.EMPTY,
             )
         _require_two_labels(data, loaded["train"])
-        with stage(f"checking {data.task}"):
-            train, selection = sources.split_selection(loaded["train"], data)
-            splits = {"train": train, "selection": selection, **reported}
-            described = sources.describe_data(data, splits) | describe_stress_splits(data, reported, [train, selection])
-        return cls(data, splits, described)
+        resolve_transforms(data)
+        train, selection = sources.split_selection(loaded["train"], data)
+        return cls(data, {"train": train, "selection": selection, **reported})
 
     @classmethod
     def of_tasks(cls, settings: Settings | Experiment) -> dict[str, LoadedData]:

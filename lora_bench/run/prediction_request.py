@@ -12,7 +12,7 @@ from lora_bench.config.build import check_names
 from lora_bench.data import labelled, readers
 from lora_bench.errors import Code, UserError, require, require_number, require_one_of
 from lora_bench.files.paths import check_output, is_same_file, write_output
-from lora_bench.records.backfill import model_paths
+from lora_bench.records.backfill import MODEL_KEYS, model_paths
 from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.run_names import resolve_run
 from lora_bench.records.sweep_folder import refuse_own_file
@@ -35,8 +35,6 @@ _KEYS = (
     *("run", "input", "output", "text_columns", "calibrated", "uncertainty", "probabilities", "threshold"),
     *("model", "device"),
 )
-MODEL_KEYS = ("path", "tokenizer")
-"""Keys of the group `model` of a command that takes a finished run."""
 
 
 @dataclass(frozen=True)

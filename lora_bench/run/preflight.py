@@ -13,9 +13,10 @@ from lora_bench.backbones.locate import local_folder
 from lora_bench.config import build, schema
 from lora_bench.config.launch import Launch
 from lora_bench.errors import Code, UserError, require, require_one_of
+from lora_bench.records.backfill import MODEL_KEYS
 from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.run_names import resolve_run
-from lora_bench.run.prediction_request import MODEL_KEYS, check_threshold, resolve_threshold
+from lora_bench.run.prediction_request import check_threshold, resolve_threshold
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -17,6 +17,7 @@ from lora_bench.errors import Code, UserError, require
 from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.evaluation.stress_splits import resolve_transforms
 from lora_bench.extensions.entry_points import BACKBONES, METHODS, METRICS, versions
+from lora_bench.records.finished_record import damaged
 from lora_bench.records.run_folder import RECORD_FILE
 from lora_bench.records.settings import Settings
 from lora_bench.run.inputs import SEEDS_APART
@@ -177,7 +178,7 @@ class Experiment:
         except UserError as error:
             if error.code == Code.EXTENSION:
                 raise
-            raise finished.damaged(error) from None
+            raise damaged(finished.folder, error) from None
 
 
 def _check_metrics(single: Experiment) -> None:
