@@ -22,6 +22,7 @@ from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.hub_run import is_on_hub
 from lora_bench.records.run_folder import EVALUATIONS, Run, file_name
 from lora_bench.records.run_names import resolve_run
+from lora_bench.run.loadable_record import read_loadable
 from lora_bench.run.prediction_request import DEVICES
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _read_run(cfg: DictConfig, data: Data) -> FinishedRecord:
     for key, value in [("model", cfg.model.get("family")), *outputs]:
         if value:
             raise UserError("is for peft=, not for run=: a run has its own", key=key, value=value, code=Code.CONFLICT)
-    finished = FinishedRecord.read(cfg.run)
+    finished = read_loadable(cfg.run)
     if len(data.text_columns) != len(finished.text_columns):
         reason = f"has {len(data.text_columns)} where the run was trained on {len(finished.text_columns)}"
         raise UserError(reason, key="data.text_columns", value=data.text_columns, code=Code.MISMATCH)

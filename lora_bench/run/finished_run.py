@@ -20,6 +20,7 @@ from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.run_folder import adapter_folders, altered_notes
 from lora_bench.records.run_names import find_run
 from lora_bench.run.inputs import attach
+from lora_bench.run.loadable_record import read_loadable
 from lora_bench.run.settings import Experiment
 from lora_bench.training.precision import resolve_device
 from lora_bench.training.prediction import predict
@@ -73,7 +74,7 @@ class FinishedRun:
         """
         finished = folder
         if not isinstance(finished, FinishedRecord):
-            finished = FinishedRecord.read(find_run(finished, "run", finished=True))
+            finished = read_loadable(find_run(finished, "run", finished=True))
         finished = finished.relocate(model_path, tokenizer)
         experiment = Experiment.of_finished(finished)
         adapters = adapter_folders(finished.folder, finished.members)

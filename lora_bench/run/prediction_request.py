@@ -13,9 +13,9 @@ from lora_bench.data import labelled, readers
 from lora_bench.errors import Code, UserError, require, require_number, require_one_of
 from lora_bench.files.paths import check_output, is_same_file, write_output
 from lora_bench.records.backfill import MODEL_KEYS, model_paths
-from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.run_names import resolve_run
 from lora_bench.records.sweep_folder import refuse_own_file
+from lora_bench.run.loadable_record import read_loadable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lora_bench.data.readers import Table
     from lora_bench.evaluation.calibration import Calibration
     from lora_bench.records.backfill import ModelPaths
+    from lora_bench.records.finished_record import FinishedRecord
 
 DEVICES = ("auto", "cpu", "cuda")
 BYTES_PER_ROW, BYTES_PER_PROBABILITY = 24, 20
@@ -86,7 +87,7 @@ class PredictionRequest:
             )
         refuse_own_file(output, "output")
         check_output(output, "output")
-        run = FinishedRecord.read(resolve_run(cfg))
+        run = read_loadable(resolve_run(cfg))
         _refuse_unsuitable(cfg, run)
         columns = _columns(cfg.text_columns, run.text_columns)
         for key in ("calibrated", "uncertainty"):

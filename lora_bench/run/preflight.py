@@ -14,8 +14,8 @@ from lora_bench.config import build, schema
 from lora_bench.config.launch import Launch
 from lora_bench.errors import Code, UserError, require, require_one_of
 from lora_bench.records.backfill import MODEL_KEYS
-from lora_bench.records.finished_record import FinishedRecord
 from lora_bench.records.run_names import resolve_run
+from lora_bench.run.loadable_record import read_loadable
 from lora_bench.run.prediction_request import check_threshold, resolve_threshold
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def check_train(job: Job) -> None:
     if not job.cfg.dry_run:
         check_processes(job.settings.trainer)
     if job.cfg.adapter.get("init_from") and job.resumed is None:
-        check_run(str(job.cfg.adapter.init_from), "adapter.init_from")
+        read_loadable(str(job.cfg.adapter.init_from), "adapter.init_from")
 
 
 def check_sharding(settings: Settings | Experiment, quantize: str | None) -> None:
@@ -105,11 +105,6 @@ def check_data(data: schema.Data) -> None:
         raise UserError("does not exist", key="data.path", value=data.path, remedy=remedy, code=Code.NOT_FOUND)
 
 
-def check_run(folder: str, key: str = "run") -> None:
-    """Refuse a folder that has no finished run of one task, naming the key that gave it."""
-    FinishedRecord.read(folder, key)
-
-
 EXPORT_FORMATS = ("peft", "merged", "onnx", "torch")
 """The choices of `format` of `lora-bench export`."""
 MODEL_FORMATS = ("peft", "merged")
@@ -136,4 +131,4 @@ def check_export(cfg: DictConfig) -> None:
         reason = f"needs the packages {', '.join(missing)}"
         remedy = "Install them: pip install 'lora-bench[onnx]'. Or use format=torch, which needs no other package."
         require(not missing, "format", export_format, reason, remedy, code=Code.MISSING_PACKAGE)
-    resolve_threshold(cfg.threshold, FinishedRecord.read(resolve_run(cfg)))
+    resolve_threshold(cfg.threshold, read_loadable(resolve_run(cfg)))

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from lora_bench.adapters.methods import method_class, method_names
+from lora_bench.adapters.methods import method_class
 from lora_bench.adapters.pack.member import Member
-from lora_bench.backbones.families import family_names
 from lora_bench.config import build, schema
 from lora_bench.config.canonical import settings_hash
 from lora_bench.data.augmentation import choose_augmentations
@@ -18,7 +17,6 @@ from lora_bench.evaluation.metrics import check_metrics
 from lora_bench.evaluation.stress_splits import resolve_transforms
 from lora_bench.extensions.entry_points import BACKBONES, METHODS, METRICS, versions
 from lora_bench.records.finished_record import damaged
-from lora_bench.records.run_folder import RECORD_FILE
 from lora_bench.records.settings import Settings
 from lora_bench.run.inputs import SEEDS_APART
 from lora_bench.run.preflight import check_sharding
@@ -166,10 +164,9 @@ class Experiment:
         """Build the settings of a finished run, without its extra metrics: they are computed while it is trained.
 
         Raises:
-            UserError: its method or model family is not installed, or the record's config is not that of a run; record
-                and key are named.
+            UserError: a part that another package registers cannot be used, or the record's config is not that of a
+                run; record and key are named.
         """
-        _require_extensions(finished)
         try:
             experiment = cls.build(OmegaConf.create(finished.config | {"metric": {}}))
             if experiment.tasks:
@@ -201,31 +198,6 @@ def _refusal(metrics: Mapping[str, schema.Metric], form: str) -> UserError | Non
     except UserError as error:
         return error
     return None
-
-
-def _require_extensions(finished: FinishedRecord) -> None:
-    """Refuse a finished run whose adapter method or model family is not installed.
-
-    Raises:
-        UserError: naming the method or family, and how to make it available.
-    """
-    for key, names, group in (
-        ("adapter.method", method_names(), METHODS),
-        ("model.family", family_names(), BACKBONES),
-    ):
-        section, _, name = key.partition(".")
-        value = finished.config[section].get(name)
-        if isinstance(value, str) and value.isidentifier() and value not in names:
-            recorded = finished.other_packages
-            remedy = f"Install the package that registers it in the entry point group {group}."
-            raise UserError(
-                "the run was trained with it, and it is not installed here",
-                key=key,
-                value=value,
-                file=finished.folder / RECORD_FILE,
-                remedy=f"{remedy} The record names {', '.join(recorded)}." if recorded else remedy,
-                code=Code.MISSING_PACKAGE,
-            )
 
 
 def _check_ensemble(ensemble: schema.Ensemble, adapter: Adapter, packing: schema.Packing) -> None:

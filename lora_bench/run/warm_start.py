@@ -9,7 +9,7 @@ from lora_bench.adapters.peft import files
 from lora_bench.backbones.identity import refuse_other_tokenizer
 from lora_bench.errors import Code, UserError
 from lora_bench.records import run_folder
-from lora_bench.records.finished_record import FinishedRecord
+from lora_bench.run.loadable_record import read_loadable
 from lora_bench.run.settings import Experiment
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_bench.adapters.pack.pack import Pack
+    from lora_bench.records.finished_record import FinishedRecord
     from lora_bench.run.inputs import SharedInputs
 
 
@@ -51,7 +52,7 @@ class WarmStart:
         folder = experiment.adapter.init_from
         if folder is None:
             return None
-        finished = FinishedRecord.read(folder, "adapter.init_from")
+        finished = read_loadable(folder, "adapter.init_from")
 
         def refusal(reason: str, remedy: str) -> UserError:
             return UserError(reason, key="adapter.init_from", value=folder, remedy=remedy, code=Code.MISMATCH)

@@ -18,6 +18,7 @@ from lora_bench.evaluation.metrics import score
 from lora_bench.extensions import entry_points
 from lora_bench.extensions.entry_points import METHODS, conf_folders, package_folder, registered_names
 from lora_bench.records import run_folder
+from lora_bench.run.finished_run import FinishedRun
 from tests.command_line import lora_bench, refused, refuses, toy_run
 from tests.extensions.tools import install, on_path
 
@@ -253,6 +254,9 @@ def test_a_run_whose_method_is_gone_is_not_called_damaged(louder: Path, monkeypa
     (louder.parent / "work/pairs.tsv").write_text("question1\tquestion2\na b\tc d\n")
     predict = ["predict", "run=run", "input=pairs.tsv", "output=labelled.tsv"]
     monkeypatch.setattr(entry_points, "registered", lambda group: ())
+    with refuses(Code.MISSING_PACKAGE, key="adapter.method"):
+        FinishedRun.load("run")
+    monkeypatch.setattr(FinishedRun, "load", None)  # commands refuse the run before anything is loaded
     for arguments in (predict, ["eval", "run=run", "data=toy"], ["export", "run=run", "output=out", "format=merged"]):
         error = refused(*arguments)
         assert (error.code, error.key, error.value) == (Code.MISSING_PACKAGE, "adapter.method", "louder")
