@@ -9,9 +9,9 @@ learns from the same 4,000 pairs for one epoch, rank 8, seeds 0 to 2, at the def
 1,000 pairs of validation.
 
 The stages: minilm (LoRA and the enhanced method, 6 runs), classifier (the same with MODEL and a head), words (the same,
-answers in words), nf4 (LoRA as a classifier on NF4 and on bf16 weights), prompted (zero- and four-shot on the first 300
-pairs, by an OpenAI-compatible server at URL). Finished runs are not repeated. With Gemma, classifier and words take
-about 100 minutes each on two cores that multiply bf16 fast.
+answers in words), full (MiniLM, and MODEL in words, fully fine-tuned), nf4 (LoRA as a classifier on NF4 and on bf16
+weights), prompted (zero- and four-shot on the first 300 pairs, by an OpenAI-compatible server at URL). Finished runs
+are not repeated. With Gemma, classifier and words take about 100 minutes each on two cores that multiply bf16 fast.
 
 --table prints, for each method, the results on the first 300 pairs too, where the prompted model is scored.
 """
@@ -27,9 +27,10 @@ from lora_bench.cli import main as lora_bench
 from lora_bench.records import predictions, run_folder
 
 PAIRS, PROMPTED_PAIRS, SEEDS = 1000, 300, (0, 1, 2)
-METHODS = {"lora": ["adapter=lora"], "enhanced": ["experiment=enhanced"]}
+RANK = "adapter.rank=8"
+METHODS = {"lora": ["adapter=lora", RANK], "enhanced": ["experiment=enhanced", RANK]}
 DECODER = {"classifier": [], "words": ["model.form=text_to_text", "model.label_words=[no,yes]"]}
-STAGES = ("minilm", *DECODER, "nf4", "prompted")
+STAGES = ("minilm", *DECODER, "full", "nf4", "prompted")
 
 
 def write_split(data: Path, folder: Path, pairs: int) -> Path:
@@ -67,11 +68,14 @@ def run_stage(stage: str, options: argparse.Namespace, overrides: list[str]) -> 
                 server = [f"llm.model={options.model.name}", f"llm.base_url={options.url}", "llm.concurrency=1"]
                 lora_bench(["prompt", *server, *task, f"hydra.run.dir={folder}", *overrides])
         return
-    common = [*data, "data.train_size=4000", "data.selection_size=500", "trainer.epochs=1", "adapter.rank=8"]
+    common = [*data, "data.train_size=4000", "data.selection_size=500", "trainer.epochs=1"]
     common.append("trainer.precision=bf16")  # on every machine
     for seed in SEEDS:
         if stage == "nf4":
-            runs = {"bf16": [*decoder, "adapter=lora"], "nf4": [*decoder, "adapter=qlora"]}
+            runs = {"bf16": [*decoder, "adapter=lora", RANK], "nf4": [*decoder, "adapter=qlora", RANK]}
+        elif stage == "full":
+            models = {"minilm": ["model=minilm"], "words": [*decoder, *DECODER["words"]]}
+            runs = {name: [*model, "adapter=full"] for name, model in models.items()}
         else:
             model = ["model=minilm"] if stage == "minilm" else [*decoder, *DECODER[stage]]
             runs = {name: [*model, *method] for name, method in METHODS.items()}
