@@ -25,9 +25,10 @@ the whole protocol takes minutes: random networks, generated pairs. All stages r
 
 The table of each stage is in its folder below OUTPUT; `lora-bench compare` prints it again. The rivals are tested
 against the enhanced method. With --records the reported runs of a finished stage are kept there too, without weights
-and texts. All stages take about twelve hours on two cores that multiply bf16 fast (estimated, not measured). KEY=VALUE
-is added to every new sweep: pack.workers=12 runs so many processes at a time on one large GPU, best under NVIDIA's
-multi-process service (nvidia-cuda-mps-control -d). The seconds of a run are then not its own.
+and texts, and `large`, `target` and `ranks` find there the learning rates that an earlier start has chosen. All stages
+take about twelve hours on two cores that multiply bf16 fast (estimated, not measured). KEY=VALUE is added to every new
+sweep: pack.workers=12 runs so many processes at a time on one large GPU, best under NVIDIA's multi-process service
+(nvidia-cuda-mps-control -d). The seconds of a run are then not its own.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from kept_sweep import start_or_resume
 from result_tables import method_overrides
 
 from lora_bench.cli import main as lora_bench
-from lora_bench.records import run_folder, sweep_folder
+from lora_bench.records import run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -160,12 +161,11 @@ class Protocol:
 
     def robust(self) -> None:
         for name, data in self._evaluation_data().items():
-            for run in (run for method in THREE for run in self._reported_rates(method)):
+            for run in (run for method in THREE for run in self._reported_runs(method)):
                 if not (run / "evaluations" / f"{name}.json").exists():
                     self._call("eval", f"run={run}", f"name={name}", *data)
-        baseline = next(iter(self._reported_rates(ENHANCED)))
         self._keep("methods/report")
-        self._call("compare", str(self.output / "methods"), "--baseline", str(baseline))
+        self._call("compare", str(self.output / "methods"), "--baseline", str(self._reported_runs(ENHANCED)[0]))
 
     def ablation(self) -> None:
         rates = f"optimizer.lr={','.join(self.scale.rates)}"
@@ -175,7 +175,7 @@ class Protocol:
 
     def ranks(self) -> None:
         """Sweep ranks and learning rates; write the MCC at the chosen and at the best learning rate of each rank."""
-        chosen = next(iter(self._reported_rates(ENHANCED).values()))
+        chosen = self._chosen_rate(ENHANCED)
         rates = f"optimizer.lr={','.join(self.scale.rates)}"
         grid = [f"adapter.rank={self.scale.ranks}", rates, f"seed={self.scale.fewer_seeds}"]
         self._sweep("ranks", ENHANCED, f"model={self.scale.main_model}", *self.scale.size(2000, 3), *grid)
@@ -196,20 +196,24 @@ class Protocol:
 
     def _sweep_at_chosen_rates(self, stage: str, tuned: str, methods: Mapping[str, str], *overrides: str) -> None:
         """Sweep variants, each at the learning rate that a stage chose for the method it maps to."""
-        rates = {method: next(iter(self._reported_rates(method, tuned).values())) for method in methods.values()}
+        rates = {method: self._chosen_rate(method, tuned) for method in methods.values()}
         variants = [f"{variant} optimizer.lr={rates[method]}" for variant, method in methods.items()]
         self._sweep(stage, *self.scale.single_runs, variants_override(variants), *overrides)
         self._keep(stage)
 
-    def _reported_rates(self, method: str, stage: str = "methods") -> dict[Path, str]:
-        """Return the learning rate of each reported run of a method in a stage, by the run's folder."""
-        folder = self.output / stage
-        rates = {}
-        for name, job in (sweep_folder.read(folder).jobs if sweep_folder.is_sweep(folder) else {}).items():
-            if name.startswith("report/") and set(method_overrides(job).split()) == set(method.split()):
-                rates[folder / name] = next(text for text in job if text.startswith("optimizer.lr=")).split("=")[1]
+    def _reported_runs(self, method: str) -> list[Path]:
+        """Return the folders of the reported runs of a method in the stage `methods`, which have their weights."""
+        runs = [run for run, _ in _runs_of(method, self.output / "methods" / "report")]
+        return runs or sys.exit(f"the stage methods has no reported runs of {method} yet: run it first")
+
+    def _chosen_rate(self, method: str, stage: str = "methods") -> float:
+        """Return the learning rate that a stage chose for a method, here or before, in the kept records."""
+        folders = [self.output / stage / "report"] + ([self.records / stage] if self.records else [])
+        for folder in folders:
+            for _, record in _runs_of(method, folder):
+                return float(record["config"]["optimizer"]["lr"])
         stage = stage.partition("/")[0]
-        return rates or sys.exit(f"the stage {stage} has not chosen a learning rate for {method} yet: run it first")
+        sys.exit(f"the stage {stage} has not chosen a learning rate for {method} yet: run it first")
 
     def _evaluation_data(self) -> dict[str, list[str]]:
         """Return the overrides of the data on which finished runs are evaluated, by name."""
@@ -252,6 +256,13 @@ STAGES: dict[str, Callable[[Protocol], None]] = {
 }
 
 
+def _runs_of(method: str, folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the runs of a method in a folder, with their records."""
+    runs = run_folder.find_runs([folder])[0] if folder.is_dir() else []
+    names = set(method.split())
+    return [(run, record) for run, record in runs if set(method_overrides(record["overrides"]).split()) == names]
+
+
 def variants_override(methods: Sequence[str]) -> str:
     return f"hydra.sweeper.variants=[{','.join(map(repr, methods))}]"
 
@@ -265,7 +276,7 @@ def write_strict_subset(source: Path, target: Path) -> None:
     target.write_text("".join("\t".join(row) + "\n" for row in strict), encoding="utf-8")
 
 
-def format_ranks(runs: Sequence[dict[str, Any]], chosen: str) -> str:
+def format_ranks(runs: Sequence[dict[str, Any]], chosen: float) -> str:
     """Return a table in Markdown: MCC of each rank at the chosen learning rate and at its best one."""
 
     def rank_of(run: dict[str, Any]) -> int:
@@ -283,8 +294,9 @@ def format_ranks(runs: Sequence[dict[str, Any]], chosen: str) -> str:
         selection_mcc = {rate: mean_mcc(group, "selection") for rate, group in by_rate.items()}
         best = max(selection_mcc, key=selection_mcc.__getitem__)
         mcc = {rate: f"{mean_mcc(group, 'validation'):.4f}" for rate, group in by_rate.items()}
-        lines.append(f"| {rank} | {mcc.get(float(chosen), '')} | {mcc[best]} | {best:g} |")
-    return "\n".join([*lines, "", f"mcc: validation, at optimizer.lr={chosen} for every rank; the best by selection."])
+        lines.append(f"| {rank} | {mcc.get(chosen, '')} | {mcc[best]} | {best:g} |")
+    note = f"mcc: validation, at optimizer.lr={chosen:g} for every rank; the best by selection."
+    return "\n".join([*lines, "", note])
 
 
 def main() -> int:

@@ -146,30 +146,33 @@ KEPT = ("methods/*/run", "target/tiny_bert/*/run", "methods/*/evaluations/pertur
 @pytest.mark.slow
 def test_the_enhanced_methods_protocol_in_small(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left out are `backbones` and `ablation`, which are sweeps as `methods` is, and `large`, as `target` is."""
-    message = str(script(monkeypatch, "experiments/reproduce_enhanced.py", "--toy", "out", "large"))
+    name, toy, records = "experiments/reproduce_enhanced.py", "--toy", "--records=records"
+    message = str(script(monkeypatch, name, toy, "out", "large"))
     assert "stage methods" in message
     assert "experiment=enhanced" in message
-    arguments = ("--toy", "out", "methods", "target", "robust", "ranks", "--records=records")
-    assert script(monkeypatch, "experiments/reproduce_enhanced.py", *arguments) == 0
-    stages = ("methods", "target/tiny_bert", "ranks")
-    assert [stage for stage in stages if not Path("out", stage, "table.md").exists()] == []
-    assert {run["status"] for run in map(_read, Path("out").rglob("run.json"))} == {"done"}
+    assert script(monkeypatch, name, toy, "out", "methods", "robust", "ranks", records) == 0
+    assert script(monkeypatch, name, toy, "later", "target", records) == 0  # the learning rates are in the records
+    folders = ("out/methods", "later/target/tiny_bert", "out/ranks")
+    assert [folder for folder in folders if not Path(folder, "table.md").exists()] == []
+    runs = [path for folder in ("out", "later") for path in Path(folder).rglob("run.json")]
+    assert {run["status"] for run in map(_read, runs)} == {"done"}
 
     rates = [
-        {json.dumps(run["choices"]): run["config"]["optimizer"]["lr"] for run in map(_read, Path("out").glob(pattern))}
-        for pattern in ("methods/report/*/run.json", "target/*/*/run.json")
+        {json.dumps(run["choices"]): run["config"]["optimizer"]["lr"] for run in map(_read, Path().glob(pattern))}
+        for pattern in ("out/methods/report/*/run.json", "later/target/*/*/run.json")
     ]
     assert [len(rate_of) for rate_of in rates] == [4, 4]
-    assert len(list(Path("out/target").glob("*/*/run.json"))) == 5
+    assert len(list(Path("later/target").glob("*/*/run.json"))) == 5
     assert rates[1].items() <= rates[0].items()
     assert len(list(Path("out/methods/report").glob("*/evaluations/perturbed.json"))) == 3
     assert len(Path("out/ranks/one_rate.md").read_text().splitlines()) == 2 + 2 + 2
     kept = {pattern: len(list(Path("records").glob(f"{pattern}.json"))) for pattern in KEPT}
     assert kept == {"methods/*/run": 4, "target/tiny_bert/*/run": 5, "methods/*/evaluations/perturbed": 3}
 
-    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("run.json")}
-    assert script(monkeypatch, "experiments/reproduce_enhanced.py", "--toy", "out", "target", "robust") == 0
-    assert before == {path: path.stat().st_mtime_ns for path in Path("out").rglob("run.json")}
+    before = {path: path.stat().st_mtime_ns for path in runs}
+    assert script(monkeypatch, name, toy, "out", "robust") == 0
+    assert script(monkeypatch, name, toy, "later", "target", records) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in runs}
 
 
 def write_pairs(folder: Path, columns: str = "question1\tquestion2\tlabel") -> None:
