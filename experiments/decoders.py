@@ -29,8 +29,8 @@ from lora_bench.records import predictions, run_folder
 PAIRS, PROMPTED_PAIRS, SEEDS = 1000, 300, (0, 1, 2)
 RANK = "adapter.rank=8"
 METHODS = {"lora": ["adapter=lora", RANK], "enhanced": ["experiment=enhanced", RANK]}
-DECODER = {"classifier": [], "words": ["model.form=text_to_text", "model.label_words=[no,yes]"]}
-STAGES = ("minilm", *DECODER, "full", "nf4", "prompted")
+WORDS = ["model.form=text_to_text", "model.label_words=[no,yes]"]
+STAGES = ("minilm", "classifier", "words", "full", "nf4", "prompted")
 
 
 def write_split(data: Path, folder: Path, pairs: int) -> Path:
@@ -70,15 +70,14 @@ def run_stage(stage: str, options: argparse.Namespace, overrides: list[str]) -> 
         return
     common = [*data, "data.train_size=4000", "data.selection_size=500", "trainer.epochs=1"]
     common.append("trainer.precision=bf16")  # on every machine
+    models = {"minilm": ["model=minilm"], "classifier": decoder, "words": [*decoder, *WORDS]}
+    if stage == "nf4":
+        runs = {"bf16": [*decoder, "adapter=lora", RANK], "nf4": [*decoder, "adapter=qlora", RANK]}
+    elif stage == "full":
+        runs = {name: [*models[name], "adapter=full"] for name in ("minilm", "words")}
+    else:
+        runs = {name: [*models[stage], *method] for name, method in METHODS.items()}
     for seed in SEEDS:
-        if stage == "nf4":
-            runs = {"bf16": [*decoder, "adapter=lora", RANK], "nf4": [*decoder, "adapter=qlora", RANK]}
-        elif stage == "full":
-            models = {"minilm": ["model=minilm"], "words": [*decoder, *DECODER["words"]]}
-            runs = {name: [*model, "adapter=full"] for name, model in models.items()}
-        else:
-            model = ["model=minilm"] if stage == "minilm" else [*decoder, *DECODER[stage]]
-            runs = {name: [*model, *method] for name, method in METHODS.items()}
         for name, settings in runs.items():
             print(f"\n{stage}, {name}, seed {seed}", flush=True)
             train(output / stage / name / str(seed), [*settings, *common, f"seed={seed}", *overrides])

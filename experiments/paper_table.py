@@ -18,10 +18,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from result_tables import method_overrides
+from result_tables import runs_of
 
 from lora_bench.evaluation.confusion import compute_metric
-from lora_bench.records import predictions, run_folder
+from lora_bench.records import predictions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,8 +47,7 @@ class Row:
 
     def read(self, records: Path) -> tuple[list[predictions.Predictions], list[dict[str, Any]]]:
         """Return the predictions on the first pairs, and the record, of each run."""
-        found = run_folder.find_runs([records / self.folder])[0] if (records / self.folder).is_dir() else []
-        runs = [(run, record) for run, record in found if self.choices in ("", method_overrides(record["overrides"]))]
+        runs = runs_of(self.choices, records / self.folder)
         return [_first(predictions.read(run, "validation"), self.pairs) for run, _ in runs], [r for _, r in runs]
 
 

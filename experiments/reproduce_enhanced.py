@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any
 
 from keep_records import keep
 from kept_sweep import start_or_resume
-from result_tables import method_overrides
+from result_tables import runs_of
 
 from lora_bench.cli import main as lora_bench
 from lora_bench.records import run_folder
@@ -203,14 +203,14 @@ class Protocol:
 
     def _reported_runs(self, method: str) -> list[Path]:
         """Return the folders of the reported runs of a method in the stage `methods`, which have their weights."""
-        runs = [run for run, _ in _runs_of(method, self.output / "methods" / "report")]
+        runs = [run for run, _ in runs_of(method, self.output / "methods" / "report")]
         return runs or sys.exit(f"the stage methods has no reported runs of {method} yet: run it first")
 
     def _chosen_rate(self, method: str, stage: str = "methods") -> float:
         """Return the learning rate that a stage chose for a method, here or before, in the kept records."""
         folders = [self.output / stage / "report"] + ([self.records / stage] if self.records else [])
         for folder in folders:
-            for _, record in _runs_of(method, folder):
+            for _, record in runs_of(method, folder):
                 return float(record["config"]["optimizer"]["lr"])
         stage = stage.partition("/")[0]
         sys.exit(f"the stage {stage} has not chosen a learning rate for {method} yet: run it first")
@@ -254,13 +254,6 @@ class Protocol:
 STAGES: dict[str, Callable[[Protocol], None]] = {
     name: stage for name, stage in vars(Protocol).items() if not name.startswith("_")
 }
-
-
-def _runs_of(method: str, folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the runs of a method in a folder, with their records."""
-    runs = run_folder.find_runs([folder])[0] if folder.is_dir() else []
-    names = set(method.split())
-    return [(run, record) for run, record in runs if set(method_overrides(record["overrides"]).split()) == names]
 
 
 def variants_override(methods: Sequence[str]) -> str:

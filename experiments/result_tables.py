@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 
 from pandas import isna
 
+from lora_bench.records import run_folder
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
     from typing import Any
 
     from pandas import Series
@@ -16,6 +19,18 @@ if TYPE_CHECKING:
 def method_overrides(overrides: Iterable[str]) -> str:
     """Return the overrides that name the method of a run or job, in their order: `experiment=recipe adapter=lora`."""
     return " ".join(text for text in overrides if text.startswith(("experiment=", "adapter=")))
+
+
+def runs_of(method: str, folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return folder and record of each run of a method below a folder; none if there is no such folder.
+
+    Args:
+        method: its overrides, in any order; empty: of every method.
+        folder: of runs or kept records.
+    """
+    found = run_folder.find_runs([folder])[0] if folder.is_dir() else []
+    names = set(method.split())
+    return [run for run in found if not names or set(method_overrides(run[1]["overrides"]).split()) == names]
 
 
 def difference_cells(row: Series | Mapping[str, Any], *, points: bool = False) -> list[str]:

@@ -154,8 +154,13 @@ def test_the_enhanced_methods_protocol_in_small(in_tmp: Path, monkeypatch: pytes
     assert script(monkeypatch, name, toy, "later", "target", records) == 0  # the learning rates are in the records
     folders = ("out/methods", "later/target/tiny_bert", "out/ranks")
     assert [folder for folder in folders if not Path(folder, "table.md").exists()] == []
-    runs = [path for folder in ("out", "later") for path in Path(folder).rglob("run.json")]
-    assert {run["status"] for run in map(_read, runs)} == {"done"}
+
+    def written() -> dict[Path, int]:
+        """Return when each run's record was written."""
+        return {path: path.stat().st_mtime_ns for out in ("out", "later") for path in Path(out).rglob("run.json")}
+
+    before = written()
+    assert {run["status"] for run in map(_read, before)} == {"done"}
 
     rates = [
         {json.dumps(run["choices"]): run["config"]["optimizer"]["lr"] for run in map(_read, Path().glob(pattern))}
@@ -169,10 +174,9 @@ def test_the_enhanced_methods_protocol_in_small(in_tmp: Path, monkeypatch: pytes
     kept = {pattern: len(list(Path("records").glob(f"{pattern}.json"))) for pattern in KEPT}
     assert kept == {"methods/*/run": 4, "target/tiny_bert/*/run": 5, "methods/*/evaluations/perturbed": 3}
 
-    before = {path: path.stat().st_mtime_ns for path in runs}
     assert script(monkeypatch, name, toy, "out", "robust") == 0
     assert script(monkeypatch, name, toy, "later", "target", records) == 0
-    assert before == {path: path.stat().st_mtime_ns for path in runs}
+    assert before == written()
 
 
 def write_pairs(folder: Path, columns: str = "question1\tquestion2\tlabel") -> None:
