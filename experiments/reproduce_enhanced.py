@@ -13,10 +13,10 @@ the whole protocol takes minutes: random networks, generated pairs. All stages r
                 MiniLM: learning rates chosen in the same way on each; then 4,000 pairs, 2 epochs, seeds 0-2
     large       enhanced, LoRA and full fine-tuning on 50,000 pairs, 1 epoch, seeds 0-2, at the learning rates that
                 `methods` chose
-    target      these three, full fine-tuning with the recipe, and the enhanced method on the upper four layers in one
-                epoch, on MiniLM and roberta_mini; 8,000 pairs, otherwise 2 epochs, seeds 0-4, an evaluation every 25
-                steps: the cost of reaching the final selection MCC of full fine-tuning. At the learning rates that
-                `backbones` chose
+    target      full fine-tuning, then enhanced, LoRA, full fine-tuning with the recipe, and the enhanced method on the
+                upper four layers in one epoch, on MiniLM and roberta_mini; 8,000 pairs, otherwise 2 epochs, seeds 0-4,
+                an evaluation every 25 steps: the cost of reaching the final selection MCC of full fine-tuning, where
+                the others stop. At the learning rates that `backbones` chose. A method with records is not run again
     robust      the runs of `methods` of these three on PAWS-QQP, on the strict subset of validation (n_q_in_train is
                 0), and on validation perturbed
     ablation    sweep=ablation: each part turned off in turn, 8,000 pairs, 2 epochs, seeds 0-4
@@ -43,11 +43,12 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from keep_records import keep
-from kept_sweep import start_or_resume
+from kept_sweep import is_kept, start_or_resume
 from result_tables import runs_of
 
 from lora_bench.cli import main as lora_bench
 from lora_bench.records import run_folder
+from lora_bench.records.metrics_log import selection_curve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -152,12 +153,24 @@ class Protocol:
 
     def target(self) -> None:
         pairs, two_epochs = self.scale.size(8000, 2)
-        one_epoch = self.scale.size(8000, 1)[1]
-        variants = {f"{method} {two_epochs}": method for method in (*THREE, RECIPES[-1])}
-        variants[f"{ENHANCED} adapter.layers={self.scale.upper_layers} {one_epoch}"] = ENHANCED
+        upper = [f"adapter.layers={self.scale.upper_layers}", self.scale.size(8000, 1)[1]]
+        variants = {
+            "full": (FULL, two_epochs),
+            "enhanced": (ENHANCED, two_epochs),
+            "recipe-full": (RECIPES[-1], two_epochs),
+            "enhanced-upper": (ENHANCED, *upper),
+            "lora": (LORA, two_epochs),
+        }
         grid = [pairs, f"trainer.eval_every={max(1, 25 // self.scale.divisor)}", f"seed={self.scale.seeds}"]
-        for model, stage in self.scale.targets:
-            self._sweep_at_chosen_rates(f"target/{model}", stage, variants, f"model={model}", *grid)
+        for model, tuned in self.scale.targets:
+            for name, (method, *overrides) in variants.items():
+                stage = f"target/{model}/{name}"
+                if self.records is not None and is_kept(self.records / stage, len(self.scale.seeds.split(","))):
+                    continue
+                end = self._stop_at_final_score(f"target/{model}/full") if name != "full" else []
+                variant = {" ".join([method, *overrides, *end]): method}
+                self._sweep_at_chosen_rates(stage, tuned, variant, f"model={model}", *grid)
+            self._call("compare", str((self.records or self.output) / "target" / model))
 
     def robust(self) -> None:
         for name, data in self._evaluation_data().items():
@@ -214,6 +227,16 @@ class Protocol:
                 return float(record["config"]["optimizer"]["lr"])
         stage = stage.partition("/")[0]
         sys.exit(f"the stage {stage} has not chosen a learning rate for {method} yet: run it first")
+
+    def _stop_at_final_score(self, stage: str) -> list[str]:
+        """Return the override that stops a run at the final selection MCC of a stage's worst run, if it is above 0."""
+        folders = [self.output / stage] + ([self.records / stage] if self.records else [])
+        runs = next((found for folder in folders if (found := runs_of("", folder))), [])
+        if not runs:
+            sys.exit(f"no run of {stage} has finished, so that the others have no score to stop at")
+        curves = [selection_curve(run / run_folder.METRICS_FILE, "mcc") for run, _ in runs]
+        worst = min(curve[-1][1] for curve in curves)
+        return [f"trainer.stop_at={worst}"] if worst > 0 else []
 
     def _evaluation_data(self) -> dict[str, list[str]]:
         """Return the overrides of the data on which finished runs are evaluated, by name."""

@@ -140,7 +140,7 @@ def test_backbones_are_made_from_a_teacher(arguments: list[str], monkeypatch: py
         assert len(backbone.layers) >= layers
 
 
-KEPT = ("methods/*/run", "target/tiny_bert/*/run", "methods/*/evaluations/perturbed")
+KEPT = ("methods/*/run", "target/tiny_bert/*/*/run", "methods/*/evaluations/perturbed")
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_the_enhanced_methods_protocol_in_small(in_tmp: Path, monkeypatch: pytes
     assert "experiment=enhanced" in message
     assert script(monkeypatch, name, toy, "out", "methods", "robust", "ranks", records) == 0
     assert script(monkeypatch, name, toy, "later", "target", records) == 0  # the learning rates are in the records
-    folders = ("out/methods", "later/target/tiny_bert", "out/ranks")
+    folders = ("out/methods", "later/target/tiny_bert/lora", "out/ranks")
     assert [folder for folder in folders if not Path(folder, "table.md").exists()] == []
 
     def written() -> dict[Path, int]:
@@ -164,15 +164,15 @@ def test_the_enhanced_methods_protocol_in_small(in_tmp: Path, monkeypatch: pytes
 
     rates = [
         {json.dumps(run["choices"]): run["config"]["optimizer"]["lr"] for run in map(_read, Path().glob(pattern))}
-        for pattern in ("out/methods/report/*/run.json", "later/target/*/*/run.json")
+        for pattern in ("out/methods/report/*/run.json", "later/target/*/*/*/run.json")
     ]
     assert [len(rate_of) for rate_of in rates] == [4, 4]
-    assert len(list(Path("later/target").glob("*/*/run.json"))) == 5
+    assert len(list(Path("later/target").glob("*/*/*/run.json"))) == 5
     assert rates[1].items() <= rates[0].items()
     assert len(list(Path("out/methods/report").glob("*/evaluations/perturbed.json"))) == 3
     assert len(Path("out/ranks/one_rate.md").read_text().splitlines()) == 2 + 2 + 2
     kept = {pattern: len(list(Path("records").glob(f"{pattern}.json"))) for pattern in KEPT}
-    assert kept == {"methods/*/run": 4, "target/tiny_bert/*/run": 5, "methods/*/evaluations/perturbed": 3}
+    assert kept == {"methods/*/run": 4, "target/tiny_bert/*/*/run": 5, "methods/*/evaluations/perturbed": 3}
 
     assert script(monkeypatch, name, toy, "out", "robust") == 0
     assert script(monkeypatch, name, toy, "later", "target", records) == 0

@@ -1,9 +1,9 @@
 """Savings: bytes on disk, the cost of reaching the score of full fine-tuning, and the causes of what was saved.
 
 The target is the main metric on the selection split that full fine-tuning of the same model on the same data ends with
-in its worst seed, or a given one. It is reached at the first evaluation from which three in a row reach it. FLOPs and
-seconds to target are those of the steps up to it, and all that came before the first step. With `trainer.stop_at` that
-is the whole run.
+in its worst seed, or a given one. It is reached at the first evaluation from which three in a row reach it, where
+`trainer.stop_at` ends a run. FLOPs and seconds to target are those of the steps up to that first evaluation, and all
+that came before the first step.
 
 A step of full fine-tuning is one third forward pass, one third gradients of inputs, one third gradients of weights. An
 adapter saves the last third. If it leaves the lowest m of L layers unadapted, it saves m / L of the second third, and
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.analysis.table import Column, Stat, Table
 from lora_bench.config.groups import model_name
-from lora_bench.config.metric_names import display_name
+from lora_bench.config.metric_names import EVALUATIONS_AT_TARGET, display_name
 from lora_bench.config.recorded_task import main_metric
 from lora_bench.files.untrusted import as_number
 from lora_bench.records.metrics_log import selection_curve
@@ -41,8 +41,6 @@ STEPS, FLOPS, SECONDS = "steps_to_target", "flops_to_target", "seconds_to_target
 """Names of the columns of costs up to the target."""
 BYTES = "adapter_bytes"
 COLUMNS = (Column(BYTES, "bytes"), Column(STEPS, "count"), Column(FLOPS, "flops"), Column(SECONDS, "seconds"))
-EVALUATIONS_AT_TARGET = 3
-"""Evaluations in a row that must reach the target, fewer only at the end of a run."""
 SAVED = "FLOPs saved"
 CAUSES = (
     *("fewer steps", "pairs a step", "no weight gradients", "fewer layers", "cached prefix", "less padding"),

@@ -1,4 +1,4 @@
-"""Names and the threshold of the metrics, in one place for every folder that computes, records or prints them.
+"""Names, threshold and targets of the metrics, in one place for every folder that computes, records or prints them.
 
 They stand here and not in `evaluation`, because the console, which `evaluation` builds on, prints them too.
 """
@@ -39,6 +39,10 @@ def task_form(task_type: str, classes: int) -> str:
 DEFAULT_THRESHOLD = 0.5
 """Of two classes label 1 is predicted from this score P(label 1) on, in every metric: no threshold is tuned on a
 reported split. Of more classes the most probable one is predicted."""
+
+EVALUATIONS_AT_TARGET = 3
+"""A target is reached at the first evaluation from which so many in a row reach it, so that a lucky one does not count.
+"""
 
 SUM_TOLERANCE = 1e-3
 """The largest difference from 1 of the sum of an example's probabilities that is read from a file."""

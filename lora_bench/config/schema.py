@@ -380,8 +380,8 @@ class Trainer:
     early_stopping_patience: int | None
     """Stop after this many evaluations in a row without a better main metric on the selection split; null: never."""
     stop_at: float | None
-    """Stop at the first evaluation whose main metric on the selection split reaches this value, to measure the cost of
-    it; null: never."""
+    """Stop once the main metric on the selection split has reached this value in three evaluations in a row, to measure
+    the cost of it; `compare` counts the first of them. Best with a small `eval_every`. null: never."""
     score_both_orders: bool | None
     """Predict the mean of the probabilities of a pair in both orders of its texts; this doubles the cost. null: if the
     label does not depend on the order."""

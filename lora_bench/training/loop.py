@@ -16,6 +16,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lora_bench.config.metric_names import EVALUATIONS_AT_TARGET
 from lora_bench.errors import LostFolderError, RunFailedError
 from lora_bench.training import head_initialisation
 from lora_bench.training.distributed import SINGLE_PROCESS, Processes
@@ -271,7 +272,9 @@ class PackTraining:
                 with isolate_failure(member.progress):
                     # An evaluation that only halving needs chooses no state: without halving it would not take place.
                     may_choose = member in due and member.ranks_are_final(step)
-                    line = update_best(member, step, results[member.index], self.metrics, may_choose=may_choose)
+                    line = update_best(
+                        member, step, results[member.index], self.metrics, self.trainer.stop_at, may_choose=may_choose
+                    )
                     if line is not None:
                         ranking[member.index] = rank_by(line["metrics"], member.progress.main_metric)
                         if self.observer:
@@ -288,13 +291,13 @@ class PackTraining:
     def stop_early(self, member: MemberRun) -> None:
         """Set a member's status to `done` if its settings for stopping early say so; the caller scores and closes it.
 
-        They are `early_stopping_patience` evaluations in a row without improvement, and a best main metric of at least
-        `stop_at`. One that is None does not stop it.
+        They are `early_stopping_patience` evaluations in a row without improvement, and `EVALUATIONS_AT_TARGET` in a
+        row that reach `stop_at`. One that is None does not stop it.
         """
-        progress, patience, target = member.progress, self.trainer.early_stopping_patience, self.trainer.stop_at
+        progress, patience = member.progress, self.trainer.early_stopping_patience
         if patience is not None and progress.without_gain >= patience:
             progress.status = "done"
-        if target is not None and progress.best_value >= target:
+        if progress.at_target >= EVALUATIONS_AT_TARGET:
             progress.status = "done"
 
     def save(self, step: int, active: Sequence[MemberRun], *, needed: bool) -> None:

@@ -59,6 +59,8 @@ class MemberProgress:
     """FLOPs of the training steps, forward and backward."""
     without_gain: int = 0
     """Consecutive evaluations without a better main metric; those before ranks are final do not count."""
+    at_target: int = 0
+    """Consecutive evaluations, the last included, whose main metric reached `stop_at`; counted like `without_gain`."""
 
     @property
     def is_running(self) -> bool:

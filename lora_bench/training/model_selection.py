@@ -87,18 +87,25 @@ def mean_of_tasks(
 
 
 def update_best(
-    member: MemberRun, step: int, result: EvaluationResult, metrics: Mapping[str, Metric], *, may_choose: bool
+    member: MemberRun,
+    step: int,
+    result: EvaluationResult,
+    metrics: Mapping[str, Metric],
+    target: float | None = None,
+    *,
+    may_choose: bool,
 ) -> dict[str, Any] | None:
     """Compute a member's selection metrics, and keep its state and scores if its main metric is above the best so far.
 
-    Otherwise its count of evaluations without improvement is increased.
+    Otherwise its count of evaluations without improvement is increased. Those in a row that reach `target` are counted.
 
     Args:
         member: still has the weights that were evaluated.
         step: the update after which it was evaluated.
         result: of the evaluation.
         metrics: further metrics beside the standard ones.
-        may_choose: whether its state may be chosen; if not, neither its best state nor the count changes.
+        target: a main metric; None: none is counted.
+        may_choose: whether its state may be chosen; if not, neither its best state nor a count changes.
 
     Returns:
         The line for the log; None if the member's scores are not finite, which ends it. With several tasks, its metrics
@@ -120,4 +127,6 @@ def update_best(
         progress.scores = result.scores
     elif may_choose:
         progress.without_gain += 1
+    if may_choose:
+        progress.at_target = progress.at_target + 1 if target is not None and value >= target else 0
     return line | ({"tasks": by_task} if len(by_task) > 1 else {})

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lora_bench.training.member_run import MemberRun
 
 
-_TYPES: dict[str, Any] = {"status": str, "best": dict | None, "without_gain": int}
+_TYPES: dict[str, Any] = {"status": str, "best": dict | None, "without_gain": int, "at_target": int}
 _TYPES |= {"steps": int, "pairs": int, "tokens": int, "padding": int, "seconds": int | float, "flops": int | float}
 
 
@@ -163,6 +163,7 @@ def _restore_progress(member: MemberRun, tensors: dict[str, Tensor], outcome: di
     _require({name: tensor.shape for name, tensor in best.items()} == shapes, "best")
     _require(all(tensor.ndim in (1, 2) and tensor.dtype == torch.float64 for tensor in scores.values()), "scores")
     _require(all(bool(torch.isfinite(tensor).all()) for tensor in scores.values()), "scores")
+    outcome = {"at_target": 0, **outcome}  # version 0.1 did not count it
     _require(outcome.keys() == _TYPES.keys(), "the progress")
     if outcome["status"] == "stopped":  # the name of `eliminated` in version 0.1
         outcome = {**outcome, "status": "eliminated"}
