@@ -129,7 +129,7 @@ def _add_costs_to_target(table: Table, row: Row, target: float) -> Row:
     """Return the row with steps, FLOPs and seconds to target; unchanged if a seed did not reach it or has no costs."""
     values_by_column: dict[str, list[float]] = {STEPS: [], FLOPS: [], SECONDS: []}
     for folder in row.folders:
-        reached = _step_to_target(_selection_curve(table, folder), target)
+        reached = step_to_target(_selection_curve(table, folder), target)
         cost = table.records[folder]["cost"]
         if reached is None or not _positive(cost.get("steps")) or not _positive(cost.get("train_flops")):
             return row
@@ -145,7 +145,7 @@ def _add_costs_to_target(table: Table, row: Row, target: float) -> Row:
     return replace(row, stats=row.stats | stats)
 
 
-def _step_to_target(curve: Sequence[tuple[float, float]], target: float) -> float | None:
+def step_to_target(curve: Sequence[tuple[float, float]], target: float) -> float | None:
     """Return the step of the first evaluation that reaches the target to stay there; None if there is none.
 
     The next two evaluations must reach it too, as far as the run has them, so that a lucky one does not count.
