@@ -12,6 +12,7 @@ import torch
 from lora_bench.adapters.pack.weight_bytes import unquantised_bytes
 from lora_bench.adapters.targets import unmatched_alternatives
 from lora_bench.backbones.identity import refuse_other_tokenizer
+from lora_bench.config.metric_names import EVALUATIONS_AT_TARGET
 from lora_bench.console.format import format_number
 from lora_bench.console.progress import show_result
 from lora_bench.console.stages import stage
@@ -495,11 +496,16 @@ def _notes(run: PackedRun, record: Mapping[str, Any]) -> list[str]:
     """Return notes for the user on a run before it trains; an empty list if there are none.
 
     They are the warnings in the record (on the data, the backbone and initialisations), settings that reverse texts
-    whose order matters, and the alternatives of `adapter.target_modules` that match no linear.
+    whose order matters, a `trainer.stop_at` that cannot stop it, and the alternatives of `adapter.target_modules` that
+    match no linear.
     """
     notes = list(record["data"]["warnings"])
     order_notes = (order_note(single.trainer, single.data.relation) for single in run.experiment.by_task.values())
     notes += [note for note in order_notes if note]
+    evaluations = run.members[0].schedule.evaluations
+    if run.experiment.trainer.stop_at is not None and evaluations <= EVALUATIONS_AT_TARGET:
+        needed = f"trainer.stop_at stops a run after {EVALUATIONS_AT_TARGET} evaluations in a row that reach it"
+        notes.append(f"{needed}, and this run has {evaluations} in all; a smaller trainer.eval_every lets it stop.")
     pattern = getattr(run.experiment.adapter, "target_modules", "all")
     for alternative in unmatched_alternatives(pattern, list(record["targets"])):
         notes.append(f"adapter.target_modules: no linear matches {alternative!r}.")

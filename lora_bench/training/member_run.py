@@ -90,6 +90,11 @@ class Schedule:
         """Return whether the member is evaluated after this step; the last step always is."""
         return step % self.eval_every == 0 or step == self.last_step
 
+    @property
+    def evaluations(self) -> int:
+        """The number of evaluations of a run that does not stop early."""
+        return math.ceil(self.last_step / self.eval_every)
+
 
 @dataclass
 class MemberRun:

@@ -80,6 +80,15 @@ def test_the_main_metric_chooses_and_stops(in_tmp: Path) -> None:
         assert (error.code, error.key) == (Code.CONFLICT, "trainer.main_metric")
 
 
+@pytest.mark.parametrize(("steps", "noted"), [(9, True), (12, False)])
+def test_a_target_that_too_few_evaluations_can_reach_is_noted(in_tmp: Path, steps: int, noted: bool) -> None:
+    path = write_task(Path("task"), "colours")
+    arguments = (*ASKED, path, "trainer.stop_at=1", f"trainer.max_steps={steps}", "hydra.run.dir=run")
+    answer = lora_bench("train", *arguments)
+    assert answer.code == 0
+    assert ("trainer.eval_every" in answer.out) == noted
+
+
 def test_balanced_class_weights_change_what_is_learned(in_tmp: Path) -> None:
     path = write_task(Path("task"), "colours")
     lines = Path("task/train.jsonl").read_text().splitlines()
