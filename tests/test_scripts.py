@@ -17,10 +17,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, RobertaModel
 
+from lora_bench.analysis.summary import summarise
 from lora_bench.backbones import tiny_tokenizers
 from lora_bench.backbones.families import build_model
 from lora_bench.backbones.load import load, load_tokenizer
 from lora_bench.data.toy import generate
+from lora_bench.records.metrics_log import selection_curve
 from tests.command_line import unchanged_process
 from tests.helpers import composed
 
@@ -253,6 +255,25 @@ def test_the_readmes_table_has_recorded_values_within_intervals_of_the_pairs(
         assert low < value < high
     accuracy, low, high = rows["Gemma 3 270M", "prompt with 4 examples"][0]
     assert (high - low) / 2 == pytest.approx(1.96 * (accuracy * (1 - accuracy) / 300) ** 0.5, abs=0.004)
+
+
+def test_the_table_of_the_target_has_the_costs_that_compare_counts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script(monkeypatch, "experiments/target_table.py") == 0
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = {(line[0].split(",")[0], line[1]): line[2:5] for line in lines}
+    titles = {"full": "full", "enhanced": "enhanced", "recipe-full": "full, with the recipe"}
+    records = ROOT / "experiments/records/enhanced/target"
+    found = [folder for folder in records.glob("*/*") if folder.name in titles]
+    assert len(found) >= 1
+    for folder in found:
+        curves = [selection_curve(path, "mcc") for path in (folder.parent / "full").glob("*/metrics.jsonl")]
+        (row,) = summarise([folder], target=min(curve[-1][1] for curve in curves)).rows
+        steps, teraflops, seconds = rows[folder.parent.name, titles[folder.name]]
+        assert fmean(map(float, steps.split(", "))) == pytest.approx(row.stats["steps_to_target"].mean)
+        assert float(teraflops) == pytest.approx(row.stats["flops_to_target"].mean / 1e12, abs=0.051)
+        assert float(seconds) == pytest.approx(row.stats["seconds_to_target"].mean, abs=0.51)
 
 
 def test_the_tables_of_the_backbones_have_every_method_and_rival(
