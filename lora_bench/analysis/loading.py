@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from lora_bench.analysis import where
 from lora_bench.analysis.settings import (
+    COMPUTATION_KEYS,
     OUTSIDE_THE_SETTING,
     REQUEST_LIMITS,
     RecordedRun,
     all_keys,
     describe_run,
     differs,
+    group_runs,
     keep_newest_per_seed,
     reported_splits,
 )
@@ -47,7 +49,19 @@ class LoadedRuns:
     def keys(self) -> list[str]:
         """The keys that distinguish settings."""
         keys = [key for key in all_keys(self.all) if key.split(".")[0] not in OUTSIDE_THE_SETTING]
-        return [key for key in keys if key not in REQUEST_LIMITS]
+        keys = [key for key in keys if key not in REQUEST_LIMITS]
+        compared = self._compared_computations([key for key in keys if key not in COMPUTATION_KEYS])
+        return [key for key in keys if key not in COMPUTATION_KEYS - compared]
+
+    def _compared_computations(self, keys: Sequence[str]) -> set[str]:
+        """Return those of `COMPUTATION_KEYS` in which runs of one seed differ that are otherwise one setting.
+
+        Args:
+            keys: all others that distinguish settings.
+        """
+        varying = [key for key in COMPUTATION_KEYS if len({run.tokens.get(key) for run in self.all}) > 1]
+        groups = group_runs(self.all, [*keys, "seed"]) if varying else []
+        return {key for key in varying for group in groups if len({run.tokens.get(key) for run in group}) > 1}
 
     @property
     def splits(self) -> list[str]:

@@ -1,6 +1,7 @@
 """Settings and methods: which runs belong to one, which keys distinguish them, and which setting stands for a method.
 
-Runs whose configurations are equal except for the seed are one setting. Settings that differ in nothing but
+Runs whose configurations are equal except for the seed are one setting; how they were computed (`COMPUTATION_KEYS`)
+may differ too, unless it is what they compare. Settings that differ in nothing but
 `TUNED_KEYS` are one method, represented by the setting that is best on the selection split. A key that only follows
 from a choice that varies (`model.hub_id` from `model`) distinguishes nothing.
 """
@@ -46,6 +47,16 @@ REQUEST_LIMITS = frozenset(
     )
 )
 """Keys of `lora-bench prompt` that limit requests and change no answer: runs that differ in them are one setting."""
+
+COMPUTATION_KEYS = frozenset(
+    f"trainer.{name}"
+    for name in (
+        *("threads", "micro_batch_size", "eval_batch_size"),
+        *("checkpoint_every", "quantization_kernels", "cuda_graphs"),
+    )
+)
+"""Keys that change how fast a run is computed, but no FLOPs, and its numbers by rounding alone. They distinguish
+settings only where runs that are otherwise equal, the seed included, differ in them."""
 
 NAMING_KEYS = ("model", "adapter", "prompt", "llm.model", "predictions")
 """Keys that name a run: a table that holds both trained and prompted runs shows them."""

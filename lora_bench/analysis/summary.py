@@ -16,6 +16,7 @@ from lora_bench.analysis.loading import LoadedRuns, load_runs
 from lora_bench.analysis.ordering import limit, mark_best, sort_rows
 from lora_bench.analysis.savings import add_costs, readable_savings
 from lora_bench.analysis.settings import (
+    COMPUTATION_KEYS,
     TUNED_KEYS,
     RecordedRun,
     all_keys,
@@ -365,6 +366,12 @@ def _caveats(rows: Sequence[Row], runs: Sequence[RecordedRun], repeated: int, sp
         )
     if repeated:
         lines.append(f"{repeated} finished run(s) repeat a setting and its seed; the newest counts")
+    by_folder = {run.folder: run for run in runs}
+    settings = [[by_folder[folder] for folder in row.folders] for row in rows]
+    if keys := sorted(
+        key for key in COMPUTATION_KEYS if any(len(group_runs(of_row, [key])) > 1 for of_row in settings)
+    ):
+        lines.append(f"seeds of one row differ in {', '.join(keys)}: their seconds and memory cannot be compared")
     mixed = [str(run.folder) for run in runs if run.record["environment"].get("history")]
     if mixed:
         rest = f" and {len(mixed) - 3} more" if len(mixed) > 3 else ""

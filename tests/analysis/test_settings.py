@@ -45,3 +45,23 @@ def test_any_classifier_is_reported_under_its_own_name(tmp_path: Path) -> None:
     table = summarise([tmp_path])
     assert keys(table)[0] == "model"
     assert {row[0] for row in values(table)} == {"some-bert", "tiny-llama", "other", "deberta", "roberta"}
+
+
+def test_seeds_that_were_computed_in_different_ways_are_one_setting(tmp_path: Path) -> None:
+    for seed, (threads, size) in enumerate([(1, 128), (1, None), (None, 64)]):
+        computed = {"trainer.threads": threads, "trainer.eval_batch_size": size}
+        make(tmp_path / str(seed), 0.5 + seed / 100, config={"seed": seed, **computed})
+    table = summarise([tmp_path])
+    assert [row.n for row in table.rows] == [3]
+    assert [note for note in table.notes if "trainer.eval_batch_size, trainer.threads" in note]
+    assert sorted(row.n for row in summarise([tmp_path], by="trainer.threads").rows) == [1, 2]
+
+
+def test_one_seed_that_was_computed_in_different_ways_is_compared(tmp_path: Path) -> None:
+    for i, threads in enumerate([1, 2, 1, 2]):
+        make(tmp_path / str(i), 0.5, config={"seed": i // 2, "trainer.threads": threads, "trainer.eval_batch_size": i})
+    table = summarise([tmp_path])
+    assert keys(table) == ["trainer.threads", "trainer.eval_batch_size"]
+    for i, threads in enumerate([1, 2]):
+        make(tmp_path / "apart" / str(i), 0.5, config={"seed": i, "trainer.threads": threads, "trainer.precision": i})
+    assert keys(summarise([tmp_path / "apart"])) == ["trainer.precision"]
