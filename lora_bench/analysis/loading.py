@@ -17,6 +17,7 @@ from lora_bench.analysis.settings import (
     group_runs,
     keep_newest_per_seed,
     reported_splits,
+    with_shared_paths,
 )
 from lora_bench.analysis.table import Missing
 from lora_bench.errors import Code, UserError
@@ -120,7 +121,7 @@ def load_runs(paths: Sequence[Path]) -> LoadedRuns:
         raise UserError(
             f"no runs here{skipped_note}", file=", ".join(map(str, paths)), remedy=remedy, code=Code.NOT_FOUND
         )
-    runs = [describe_run(folder, record) for folder, record in recorded]
+    runs = with_shared_paths([describe_run(folder, record) for folder, record in recorded])
     finished = [run for run in runs if run.record["status"] == "done"]
     # A run that only chose a setting is no rival of runs that were trained with it.
     reporting = [run for run in finished if run.keys.get("data.report") is not False]

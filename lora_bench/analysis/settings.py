@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,7 @@ class RecordedRun:
     keys: dict[str, Any]
     """Choices, flat configuration and `DATA_KEYS` (`data.fingerprint` is that of `split`)."""
     tokens: dict[str, str]
-    """`keys` with values as text, so that equal values have equal text (16 and 16.0)."""
+    """`keys` with values as text, so that equal values have equal text (16 and 16.0, and paths to the same)."""
 
     @property
     def data(self) -> str | None:
@@ -146,6 +146,27 @@ def describe_run(folder: Path, record: dict[str, Any]) -> RecordedRun:
 
 
 _encode = json.JSONEncoder(sort_keys=True).encode
+
+
+def with_shared_paths(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
+    """Return the runs with one path in `tokens` for what is the same, that of the first run which has it.
+
+    Equal fingerprints are the same data, and equal checksums of the weights the same backbone, in whatever folder of
+    whatever machine they are.
+    """
+    paths: dict[tuple[str, ...], str] = {}
+    shared = []
+    for run in runs:
+        weights = run.record["environment"].get("backbone_sha256")
+        data = [run.tokens.get(key, "") for key in ("data.fingerprint", "data.fingerprint.train")]
+        contents = {"data.path": data if data[0] else [], "model.path": [str(weights)] if weights else []}
+        same = {
+            key: paths.setdefault((key, *content), run.tokens[key])
+            for key, content in contents.items()
+            if content and key in run.tokens
+        }
+        shared.append(replace(run, tokens=run.tokens | same))
+    return shared
 
 
 def mean_selection_score(records: Sequence[dict[str, Any]]) -> float:

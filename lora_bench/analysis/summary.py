@@ -367,11 +367,8 @@ def _caveats(rows: Sequence[Row], runs: Sequence[RecordedRun], repeated: int, sp
     if repeated:
         lines.append(f"{repeated} finished run(s) repeat a setting and its seed; the newest counts")
     by_folder = {run.folder: run for run in runs}
-    settings = [[by_folder[folder] for folder in row.folders] for row in rows]
-    if keys := sorted(
-        key for key in COMPUTATION_KEYS if any(len(group_runs(of_row, [key])) > 1 for of_row in settings)
-    ):
-        lines.append(f"seeds of one row differ in {', '.join(keys)}: their seconds and memory cannot be compared")
+    if computed := _computed_differently([[by_folder[folder] for folder in row.folders] for row in rows]):
+        lines.append(f"seeds of one row differ in {', '.join(computed)}: their seconds and memory cannot be compared")
     mixed = [str(run.folder) for run in runs if run.record["environment"].get("history")]
     if mixed:
         rest = f" and {len(mixed) - 3} more" if len(mixed) > 3 else ""
@@ -383,3 +380,12 @@ def _caveats(rows: Sequence[Row], runs: Sequence[RecordedRun], repeated: int, sp
             f"uncommitted changes in the code of {len(dirty)} of {len(runs)} runs: {', '.join(dirty[:3])}{rest}"
         )
     return lines
+
+
+def _computed_differently(settings: Sequence[Sequence[RecordedRun]]) -> list[str]:
+    """Return what differs in how the runs of one setting were computed: configuration keys, and keys of run.json."""
+    keys = [key for key in sorted(COMPUTATION_KEYS) if any(len(group_runs(runs, [key])) > 1 for runs in settings)]
+    for name in ("cpu", "device", "precision"):
+        recorded = [{str(run.record["environment"].get(name)) for run in runs} - {"None"} for runs in settings]
+        keys += [f"environment.{name}"] * any(len(values) > 1 for values in recorded)
+    return keys

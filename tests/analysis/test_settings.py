@@ -50,10 +50,11 @@ def test_any_classifier_is_reported_under_its_own_name(tmp_path: Path) -> None:
 def test_seeds_that_were_computed_in_different_ways_are_one_setting(tmp_path: Path) -> None:
     for seed, (threads, size) in enumerate([(1, 128), (1, None), (None, 64)]):
         computed = {"trainer.threads": threads, "trainer.eval_batch_size": size}
-        make(tmp_path / str(seed), 0.5 + seed / 100, config={"seed": seed, **computed})
+        made = make(tmp_path / str(seed), 0.5 + seed / 100, config={"seed": seed, **computed})
+        made.update(environment={**made.record["environment"], "precision": "fp32" if seed else "bf16"})
     table = summarise([tmp_path])
     assert [row.n for row in table.rows] == [3]
-    assert [note for note in table.notes if "trainer.eval_batch_size, trainer.threads" in note]
+    assert [note for note in table.notes if "trainer.eval_batch_size, trainer.threads, environment.precision" in note]
     assert sorted(row.n for row in summarise([tmp_path], by="trainer.threads").rows) == [1, 2]
 
 
@@ -65,3 +66,23 @@ def test_one_seed_that_was_computed_in_different_ways_is_compared(tmp_path: Path
     for i, threads in enumerate([1, 2]):
         make(tmp_path / "apart" / str(i), 0.5, config={"seed": i, "trainer.threads": threads, "trainer.precision": i})
     assert keys(summarise([tmp_path / "apart"])) == ["trainer.precision"]
+
+
+def test_the_same_data_and_backbone_in_other_folders_are_one_setting(tmp_path: Path) -> None:
+    def run(name: str, seed: int, data: str, weights: str | None = "a1") -> None:
+        paths = {"data.path": f"/{name}/pairs", "model.path": f"/{name}/weights"}
+        sections = {"data": {"fingerprint": {"train": data, "validation": "v"}}}
+        made = make(tmp_path / name, 0.5, config={"seed": seed, **paths}, **sections)
+        made.update(environment={**made.record["environment"], "backbone_sha256": weights})
+
+    run("laptop", 0, "t")
+    run("server", 1, "t")
+    (row,) = summarise([tmp_path]).rows
+    assert row.n == 2
+    assert len(summarise([tmp_path], where="data.path=/server/pairs").rows) == 1
+    run("edited", 2, "other")
+    run("unknown", 3, "t", None)
+    run("retrained", 4, "t", "b2")
+    table = summarise([tmp_path])
+    assert sorted(row.n for row in table.rows) == [1, 1, 1, 2]
+    assert set(keys(table)) >= {"data.path", "model.path"}
