@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Print the table of docs/results/target-quality.md: the cost of reaching the final quality of full fine-tuning.
+"""Print the first table of docs/results/target-quality.md: the cost of reaching the final quality of full fine-tuning.
 
     experiments/target_table.py
 
 It reads the records that `experiments/reproduce_enhanced.py --records experiments/records/enhanced` keeps of the stage
-`target`. The target of a model is the selection MCC with which full fine-tuning ends in its worst seed, reached at the
-first of three evaluations in a row, as `lora-bench compare` counts it. Costs are means over the seeds, with everything
-before the first step and without evaluations. The last columns have the shares of FLOPs and of seconds that are saved
-of full fine-tuning's cost to the target, of that with the recipe, and of all steps of full fine-tuning.
+`target`. The target of a model is the selection MCC with which full fine-tuning ends in its worst seed. It is reached
+at the first of three evaluations in a row, as `lora-bench compare` counts it. FLOPs are means over the seeds, those
+before the first step included, those of evaluations not. The last columns have the shares saved of full fine-tuning's
+cost to the target, of that with the recipe, and of all steps of full fine-tuning.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_bench.records import run_folder
 from lora_bench.records.metrics_log import selection_curve
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
 RECORDS = Path(__file__).parent / "records" / "enhanced" / "target"
@@ -37,11 +37,13 @@ METHODS = {
     "enhanced-upper": "enhanced, upper four layers, one epoch",
 }
 """Folders of the stage below a model, with the names of their methods."""
+BASELINES = ("saved of full", "saved of full, with the recipe", "saved of all steps of full")
+"""The last columns of the tables."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The costs of a method's runs, one per seed."""
+    """The runs of a method, one per seed, and their cost up to a target."""
 
     runs: list[tuple[Path, dict[str, Any]]]
     """Folder and record of each run, by seed."""
@@ -61,60 +63,53 @@ class Costs:
         """Return the step at which each run reaches a target; None if it does not."""
         return [step_to_target(curve, target) for curve in self.curves()]
 
-    def up_to(self, steps: Sequence[float | None]) -> tuple[float, float] | None:
-        """Return the mean FLOPs and seconds up to a step of each run; None if one of them is None, or no run is."""
-        if not steps or None in steps:
-            return None
-        costs = [record["cost"] for _, record in self.runs]
-        flops, seconds = (
-            fmean(cost_up_to(cost, unit, step) for cost, step in zip(costs, steps, strict=True) if step is not None)
-            for unit in ("flops", "seconds")
-        )
-        return flops, seconds
+    def flops(self, steps: Sequence[float | None]) -> float | None:
+        """Return the mean FLOPs up to a step of each run; None if one of them is None."""
+        runs = zip(self.runs, steps, strict=True)
+        flops = [None if step is None else cost_up_to(record["cost"], "flops", step) for (_, record), step in runs]
+        known = [x for x in flops if x is not None]
+        return fmean(known) if len(known) == len(flops) else None
 
 
-def format_model(model: str, folder: Path) -> list[str]:
-    """Return the rows of a model; none if full fine-tuning has no records."""
-    costs = {name: read for name in METHODS if (read := Costs.read(folder / name)).runs}
-    if FULL not in costs:
-        return []
-    target = min(curve[-1][1] for curve in costs[FULL].curves())
-    steps = {name: of_method.steps(target) for name, of_method in costs.items()}
-    to_target = {name: of_method.up_to(steps[name]) for name, of_method in costs.items()}
-    whole = costs[FULL].up_to([record["cost"]["steps"] for _, record in costs[FULL].runs])
+def read_methods(folder: Path) -> dict[str, Costs]:
+    """Return the costs of the methods of a model that have records."""
+    return {name: read for name in METHODS if (read := Costs.read(folder / name)).runs}
+
+
+def final_score(full: Costs) -> float:
+    """Return the target: the selection MCC with which full fine-tuning ends in its worst seed."""
+    return min(curve[-1][1] for curve in full.curves())
+
+
+def format_model(model: str, methods: Mapping[str, Costs]) -> list[str]:
+    """Return the rows of a model's methods."""
+    target = final_score(methods[FULL])
+    steps = {name: costs.steps(target) for name, costs in methods.items()}
+    to_target = {name: costs.flops(steps[name]) for name, costs in methods.items()}
+    whole = methods[FULL].flops([record["cost"]["steps"] for _, record in methods[FULL].runs])
     lines = []
-    for name in costs:
+    for name, flops in to_target.items():
         cells = [f"{model}, to {target:.3f}", METHODS[name]]
         cells.append(", ".join("—" if step is None else f"{step:.0f}" for step in steps[name]))
-        cost = to_target[name]
-        cells += ["—", "—"] if cost is None else [f"{cost[0] / 1e12:.1f}", f"{cost[1]:.0f}"]
+        cells.append("—" if flops is None else f"{flops / 1e12:.1f}")
         baselines = [None if name == other else to_target.get(other) for other in (FULL, RECIPE_FULL)]
-        cells += [format_saving(cost, baseline) for baseline in (*baselines, whole)]
+        cells += [format_share(flops, baseline) for baseline in (*baselines, whole)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def format_saving(cost: tuple[float, float] | None, baseline: tuple[float, float] | None) -> str:
-    """Return the shares of FLOPs and of seconds that are saved of a baseline; empty without one of them."""
-    if cost is None or baseline is None:
-        return ""
-    return ", ".join(f"{100 * (1 - x / y):.0f} %" for x, y in zip(cost, baseline, strict=True))
+def format_share(cost: float | None, baseline: float | None) -> str:
+    """Return the share of a baseline's cost that is saved; empty without one of them."""
+    return "" if cost is None or baseline is None else f"{100 * (1 - cost / baseline):.0f} %"
 
 
 def format_table(records: Path) -> str:
     """Return the table in Markdown, of the models that have records."""
-    baselines = ("full", "full, with the recipe", "all steps of full")
-    columns = [
-        "backbone",
-        "method",
-        "steps of each seed",
-        "TFLOP",
-        "seconds",
-        *(f"saved of {name}" for name in baselines),
-    ]
+    columns = ["backbone", "method", "steps of each seed", "TFLOP", *BASELINES]
     lines = [f"| {' | '.join(columns)} |", "| --- | --- |" + " ---: |" * (len(columns) - 2)]
     for model in MODELS:
-        lines += format_model(model, records / model)
+        methods = read_methods(records / model)
+        lines += format_model(model, methods) if FULL in methods else []
     return "\n".join(lines)
 
 
