@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 RECORDS = Path(__file__).parent / "records" / "enhanced" / "target"
-MODELS = ("minilm", "roberta_mini")
 FULL, RECIPE_FULL = "full", "recipe-full"
 METHODS = {
     FULL: "full",
@@ -71,9 +70,14 @@ class Costs:
         return fmean(known) if len(known) == len(flops) else None
 
 
-def read_methods(folder: Path) -> dict[str, Costs]:
-    """Return the costs of the methods of a model that have records."""
-    return {name: read for name in METHODS if (read := Costs.read(folder / name)).runs}
+def read_models(records: Path) -> dict[str, dict[str, Costs]]:
+    """Return the methods that have records, by the folder of their model; one without full fine-tuning is absent."""
+    models = {}
+    for folder in sorted(path for path in records.iterdir() if path.is_dir()):
+        methods = {name: read for name in METHODS if (read := Costs.read(folder / name)).runs}
+        if FULL in methods:
+            models[folder.name] = methods
+    return models
 
 
 def final_score(full: Costs) -> float:
@@ -107,9 +111,8 @@ def format_table(records: Path) -> str:
     """Return the table in Markdown, of the models that have records."""
     columns = ["backbone", "method", "steps of each seed", "TFLOP", *BASELINES]
     lines = [f"| {' | '.join(columns)} |", "| --- | --- |" + " ---: |" * (len(columns) - 2)]
-    for model in MODELS:
-        methods = read_methods(records / model)
-        lines += format_model(model, methods) if FULL in methods else []
+    for model, methods in read_models(records).items():
+        lines += format_model(model, methods)
     return "\n".join(lines)
 
 

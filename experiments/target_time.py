@@ -1,27 +1,29 @@
 #!/usr/bin/env python3
 """Print the second table of docs/results/target-quality.md: the time to the target, measured side by side.
 
-    experiments/target_time.py DATA [KEY=VALUE …] [--rounds N]
+    experiments/target_time.py data.path=DIR [KEY=VALUE …] [--rounds N]
 
 The runs of the stage `target` take hours, beside whatever else the machine does. This script repeats the first 40 steps
 of each of its methods, with the overrides in the kept records, in turn and for several rounds. Run nothing else
 meanwhile. Columns are medians over the rounds: the seconds before the first step, and those of a step. The seconds to
-the target are the first, and the second times the mean number of steps over the seeds. DATA is a folder with QQP's
-train.tsv and validation.tsv; KEY=VALUE is added to every run.
+the target are the first, and the second times the mean number of steps over the seeds. KEY=VALUE is added to every run:
+data.path=DIR is the folder with QQP's train.tsv and validation.tsv.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from target_table import BASELINES, FULL, METHODS, MODELS, RECIPE_FULL, RECORDS, final_score, format_share, read_methods
+from target_table import BASELINES, FULL, METHODS, RECIPE_FULL, RECORDS, final_score, format_share, read_models
+
+from lora_bench.cli import main as lora_bench
+from lora_bench.records import run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,11 +42,11 @@ def time_run(overrides: Sequence[str]) -> tuple[float, float]:
     """Train for `STEPS` steps; return the seconds before the first one, and the seconds of a step."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
-        command = [sys.executable, "-m", "lora_bench", "train", *overrides, f"hydra.run.dir={folder}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(done.stderr or done.stdout)
-        cost = json.loads((folder / "run.json").read_text(encoding="utf-8"))["cost"]
+        with redirect_stdout(sys.stderr):
+            code = lora_bench(["train", *overrides, f"hydra.run.dir={folder}"])
+        if code != 0:
+            sys.exit(code)
+        cost = run_folder.read(folder)["cost"]
     before = float(cost["prepare_seconds"] or 0)
     return before, (cost["train_seconds"] - before) / cost["steps"]
 
@@ -55,8 +57,7 @@ def time_methods(methods: Mapping[str, Costs], overrides: Sequence[str], rounds:
     for _ in range(rounds):
         for name, costs in methods.items():
             _, record = costs.runs[0]
-            kept = [text for text in record["overrides"] if not text.startswith(("data.path=", "hydra."))]
-            timed[name].append(time_run([*kept, *SHORT, *overrides]))
+            timed[name].append(time_run([*record["overrides"], *SHORT, *overrides]))
     return {name: (median(x for x, _ in pairs), median(y for _, y in pairs)) for name, pairs in timed.items()}
 
 
@@ -82,18 +83,15 @@ def format_model(model: str, methods: Mapping[str, Costs], timed: Mapping[str, t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the kept records")
     options = parser.parse_args()
     columns = ["backbone", "method", "before the first step", "a step", "seconds to target", *BASELINES]
     print(f"| {' | '.join(columns)} |\n| --- | --- |{' ---: |' * (len(columns) - 2)}")
-    for model in MODELS:
-        methods = read_methods(options.records / model)
-        if FULL in methods:
-            overrides = [f"data.path={options.data.absolute()}", *options.overrides]
-            print("\n".join(format_model(model, methods, time_methods(methods, overrides, options.rounds))))
+    for model, methods in read_models(options.records).items():
+        timed = time_methods(methods, options.overrides, options.rounds)
+        print("\n".join(format_model(model, methods, timed)))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,9 @@ KEPT = ("methods/*/run", "target/tiny_bert/*/*/run", "methods/*/evaluations/pert
 
 
 @pytest.mark.slow
-def test_the_enhanced_methods_protocol_in_small(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_enhanced_methods_protocol_in_small(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Left out are `backbones` and `ablation`, which are sweeps as `methods` is, and `large`, as `target` is."""
     name, toy, records = "experiments/reproduce_enhanced.py", "--toy", "--records=records"
     message = str(script(monkeypatch, name, toy, "out", "large"))
@@ -175,6 +177,13 @@ def test_the_enhanced_methods_protocol_in_small(in_tmp: Path, monkeypatch: pytes
     assert len(Path("out/ranks/one_rate.md").read_text().splitlines()) == 2 + 2 + 2
     kept = {pattern: len(list(Path("records").glob(f"{pattern}.json"))) for pattern in KEPT}
     assert kept == {"methods/*/run": 4, "target/tiny_bert/*/*/run": 5, "methods/*/evaluations/perturbed": 3}
+
+    capsys.readouterr()
+    options = ("data.selection_size=16", "--records=records/target", "--rounds=1")
+    assert script(monkeypatch, "experiments/target_time.py", *options) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "tiny_bert |" in line]
+    assert [row[1].split(",")[0] for row in rows] == ["full", "LoRA", "full", "enhanced", "enhanced"]
+    assert all(float(row[3]) >= 0 for row in rows)
 
     assert script(monkeypatch, name, toy, "out", "robust") == 0
     assert script(monkeypatch, name, toy, "later", "target", records) == 0
