@@ -363,3 +363,10 @@ def test_a_rank_above_the_smaller_side_is_refused_and_leaves_the_backbone_as_it_
     assert caught.value.value == 33
     assert "bert.encoder.layer.0." in str(caught.value)
     assert dict(fine.network.named_modules()) == before
+
+
+def test_ranks_of_a_record_that_lack_a_target_are_refused() -> None:
+    a_pack = pack("bert", (adapter("lora", "rank=2"), 0))
+    ranks = dict.fromkeys(list(a_pack.updates[0])[1:], 2)
+    with refuses(Code.MISMATCH, key="targets"):
+        adapter("lora", "rank=2").updates(a_pack.backbone, None, torch.Generator(), ranks)
