@@ -45,10 +45,10 @@ from typing import TYPE_CHECKING, Any
 from keep_records import keep
 from kept_sweep import is_kept, start_or_resume
 from result_tables import runs_of
+from target_table import Costs, final_score
 
 from lora_bench.cli import main as lora_bench
 from lora_bench.records import run_folder
-from lora_bench.records.metrics_log import selection_curve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -231,11 +231,10 @@ class Protocol:
     def _stop_at_final_score(self, stage: str) -> list[str]:
         """Return the override that stops a run at the final selection MCC of a stage's worst run, if it is above 0."""
         folders = [self.output / stage] + ([self.records / stage] if self.records else [])
-        runs = next((found for folder in folders if (found := runs_of("", folder))), [])
-        if not runs:
+        full = next((costs for costs in map(Costs.read, folders) if costs.runs), None)
+        if full is None:
             sys.exit(f"no run of {stage} has finished, so that the others have no score to stop at")
-        curves = [selection_curve(run / run_folder.METRICS_FILE, "mcc") for run, _ in runs]
-        worst = min(curve[-1][1] for curve in curves)
+        worst = final_score(full)
         return [f"trainer.stop_at={worst}"] if worst > 0 else []
 
     def _evaluation_data(self) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lora_bench.analysis import where
@@ -46,7 +47,7 @@ class LoadedRuns:
     hidden: int = 0
     """Number of runs that only chose a setting (`data.report=false`) and are left out, eliminated ones included."""
 
-    @property
+    @cached_property
     def keys(self) -> list[str]:
         """The keys that distinguish settings."""
         keys = [key for key in all_keys(self.all) if key.split(".")[0] not in OUTSIDE_THE_SETTING]
