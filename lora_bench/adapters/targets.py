@@ -46,6 +46,16 @@ def largest_rank(linear: nn.Linear) -> int:
     return min(linear.in_features, linear.out_features)
 
 
+def require_ranks(ranks: Mapping[str, int], names: Iterable[str]) -> None:
+    """Refuse recorded ranks that lack a target.
+
+    Raises:
+        UserError: naming the first target without a rank.
+    """
+    if missing := [name for name in names if name not in ranks]:
+        raise UserError(f"the record has no rank of {missing[0]}", key="targets", code=Code.MISMATCH)
+
+
 def require_rank(key: str, rank: int, name: str, linear: nn.Linear, remedy: str = "") -> None:
     """Refuse a rank, given by `key`, that is above the smaller side of the linear called `name`."""
     largest, shape = largest_rank(linear), f"{linear.out_features} by {linear.in_features}"

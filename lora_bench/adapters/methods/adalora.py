@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lora_bench.adapters.base import Update
 from lora_bench.adapters.lowrank.allocation import cubic_budget, keep_top
-from lora_bench.adapters.targets import LinearAdapter, require_rank
+from lora_bench.adapters.targets import LinearAdapter, require_rank, require_ranks
 from lora_bench.backbones.dropout import keep_mask
 from lora_bench.config.adapter_values import check_values
 
@@ -79,6 +79,7 @@ class AdaLoRA(LinearAdapter):
         linears = backbone.linears()
         names = self.targets(backbone)
         ranks = ranks or dict.fromkeys(names, self.first_rank)
+        require_ranks(ranks, names)
         return {name: self._update(name, linears[name], init, dropout, ranks[name]) for name in names}
 
     def update(

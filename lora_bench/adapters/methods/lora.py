@@ -37,10 +37,10 @@ from lora_bench.adapters.lowrank import allocation, calibration_batches
 from lora_bench.adapters.lowrank import init as inits
 from lora_bench.adapters.lowrank.linear import LowRank
 from lora_bench.adapters.lowrank.loftq import loftq
-from lora_bench.adapters.targets import LinearAdapter, largest_rank, require_rank
+from lora_bench.adapters.targets import LinearAdapter, largest_rank, require_rank, require_ranks
 from lora_bench.backbones.quantization import quantize
 from lora_bench.config.adapter_values import check_values
-from lora_bench.errors import Code, UserError
+from lora_bench.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,7 +127,7 @@ class LoRA(LinearAdapter):
             ranks: rank of each target; None: `rank` for all, or the rules of `allocation`.
 
         Raises:
-            UserError: a rule is not valid, a rank is missing, or it exceeds the smaller side of its linear.
+            UserError: a rule is not valid, a rank is missing, or one exceeds the smaller side of its linear.
         """
         linears = backbone.linears()
         names = self.targets(backbone)
@@ -139,8 +139,7 @@ class LoRA(LinearAdapter):
         elif ranks is None:
             caps = {name: largest_rank(linears[name]) for name in names}
             ranks = allocation.pattern(names, list(self.allocation), self.rank, caps)
-        if missing := [name for name in names if name not in ranks]:
-            raise UserError(f"the record has no rank of {missing[0]}", key="targets", code=Code.MISMATCH)
+        require_ranks(ranks, names)
         updates: dict[str, Update] = {}
         for name in names:
             if ranks[name]:

@@ -365,8 +365,9 @@ def test_a_rank_above_the_smaller_side_is_refused_and_leaves_the_backbone_as_it_
     assert dict(fine.network.named_modules()) == before
 
 
-def test_ranks_of_a_record_that_lack_a_target_are_refused() -> None:
-    a_pack = pack("bert", (adapter("lora", "rank=2"), 0))
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_ranks_of_a_record_that_lack_a_target_are_refused(method: str) -> None:
+    a_pack = pack("bert", (adapter(method, "rank=2"), 0))
     ranks = dict.fromkeys(list(a_pack.updates[0])[1:], 2)
     with refuses(Code.MISMATCH, key="targets"):
-        adapter("lora", "rank=2").updates(a_pack.backbone, None, torch.Generator(), ranks)
+        adapter(method, "rank=2").updates(a_pack.backbone, None, torch.Generator(), ranks)
