@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,13 +81,21 @@ def input_moments(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str
     return {name: moment / max(1, counts[name]) for name, moment in moments.items()}
 
 
+class LossGradients(NamedTuple):
+    """A loss L and its gradients with respect to weights, both averaged over batches."""
+
+    loss: float
+    by_linear: dict[str, Tensor]
+    """∂L/∂W of each linear's weight W, (out, in), in fp32."""
+
+
 @torch.enable_grad()
-def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Return ∂L/∂W of each frozen weight W that the member adapts, (out, in), in fp32, averaged over the batches.
+def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> LossGradients:
+    """Return the loss L and ∂L/∂W of each frozen weight W that the member adapts, averaged over the batches.
 
     L is the mean loss (`label_loss`) of the member's pairs, without dropout. No weight requires a gradient for it:
     while the update beside W changes nothing, y = W x + bias, and ∂L/∂W is the sum of ∂L/∂y xᵀ over tokens. Without
-    batches the gradients are zero.
+    batches L and the gradients are zero.
 
     Args:
         pack: not changed; no parameter's `.grad` is written. The member's updates must still compute zero.
@@ -96,7 +104,7 @@ def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[
     """
     device = pack.backbone.device
     gradients = {name: torch.zeros(shape, device=device) for name, shape in _shapes(pack, member)}
-    zero = torch.zeros((), device=pack.backbone.device, requires_grad=True)
+    zero = torch.zeros((), device=device, requires_grad=True)
 
     def observe(name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return the output with a hook that adds ∂L/∂y xᵀ to the weight's gradient in the backward pass."""
@@ -109,15 +117,17 @@ def weight_gradients(pack: Pack, member: int, batches: Iterable[Batch]) -> dict[
         y.register_hook(add)  # type: ignore[no-untyped-call]
         return y
 
-    count = 0
+    count, total = 0, torch.zeros((), device=device)
     with _observed(pack, member, observe):
         for batch in batches:
-            on_device = batch.select_members([member]).to(pack.backbone.device)
+            on_device = batch.select_members([member]).to(device)
             assert on_device.labels is not None
             loss = label_loss(pack(on_device), on_device.labels[None]).mean()
             torch.autograd.grad(loss, zero)
+            total += loss.detach()
             count += 1
-    return {name: gradient / max(1, count) for name, gradient in gradients.items()}
+    means = {name: gradient / max(1, count) for name, gradient in gradients.items()}
+    return LossGradients(float(total) / max(1, count), means)
 
 
 @torch.no_grad()

@@ -209,7 +209,9 @@ class LoRA(LinearAdapter):
         if reason:
             return f"adapter: {reason}, so it is initialised with init=kaiming and allocation=uniform."
         moments = calibration_batches.input_moments(pack, member, calibration) if "moments" in statistics else {}
-        gradients = calibration_batches.weight_gradients(pack, member, calibration) if "gradients" in statistics else {}
+        before, gradients = math.nan, dict[str, Tensor]()
+        if "gradients" in statistics:
+            before, gradients = calibration_batches.weight_gradients(pack, member, calibration)
         try:
             if allocates:
                 pack.set_ranks(member, self._allocate(pack, member, moments, gradients))
@@ -217,9 +219,8 @@ class LoRA(LinearAdapter):
             raise error.under("adapter") from None
         if self.init not in inits.FROM_DATA:
             return None
-        before = calibration_batches.mean_loss(pack, member, calibration) if self.init == "lora_one" else None
         self._initialise_from_data(pack.updates[member], moments, gradients)
-        return None if before is None else self._shorten_step(pack, member, calibration, before)
+        return self._shorten_step(pack, member, calibration, before) if self.init == "lora_one" else None
 
     def _shorten_step(self, pack: Pack, member: int, calibration: list[Batch], before: float) -> str | None:
         """Take a quarter of the first step, B A of `lora_one`, until it does not raise the loss of these batches.

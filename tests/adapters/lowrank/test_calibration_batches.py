@@ -9,20 +9,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_bench.adapters.lowrank.calibration_batches import input_moments, weight_gradients
+from lora_bench.adapters.lowrank.calibration_batches import input_moments, mean_loss, weight_gradients
 from lora_bench.data.batching import Batch
 from tests.adapters.tools import adapter, assert_close, pack
 from tests.backbones.tools import FORMS, random_batch, reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
     from lora_bench.adapters.pack.pack import Pack
 
 LORA = adapter("lora")
-LOOKS = (input_moments, weight_gradients)
+
+
+def gradients_of(made: Pack, member: int, looked_at: Iterable[Batch]) -> dict[str, Tensor]:
+    return weight_gradients(made, member, looked_at).by_linear
+
+
+LOOKS = (input_moments, gradients_of)
 
 
 def batches(made: Pack, seed: int = 0) -> list[Batch]:
@@ -107,13 +113,17 @@ def test_gradients_are_those_of_the_plain_networks_weights(form: str) -> None:
     made, network = plain(form)
     weights = {name: network.get_submodule(name).weight.requires_grad_(True) for name in made.targets[0]}
     expected = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    looked_at = batches(made)
+    looked_at, total = batches(made), 0.0
     for batch in looked_at:
         assert batch.labels is not None
         loss = F.cross_entropy(logits_of(made, batch), batch.labels)
+        total += loss.item()
         for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
             expected[name] += gradient / len(looked_at)
-    gradients = weight_gradients(pack(form, (LORA, 0)), 0, looked_at)
+    adapted = pack(form, (LORA, 0))
+    mean, gradients = weight_gradients(adapted, 0, looked_at)
+    assert mean == pytest.approx(total / len(looked_at), abs=1e-5)
+    assert mean == pytest.approx(mean_loss(adapted, 0, looked_at), abs=1e-6)
     assert_close(gradients, expected, atol=1e-5)
     assert sum(gradient.abs().max() > 1e-3 for gradient in gradients.values()) > len(gradients) / 2
 
@@ -121,15 +131,15 @@ def test_gradients_are_those_of_the_plain_networks_weights(form: str) -> None:
 def test_the_first_adapted_linear_has_its_gradient_where_nothing_below_it_is_trained() -> None:
     made = pack("bert", (adapter("lora", "freeze_A=true", "layers=[1]", "target_modules=.*query"), 0))
     everywhere = pack("bert", (LORA, 0))
-    gradients = weight_gradients(made, 0, batches(made))
+    gradients = gradients_of(made, 0, batches(made))
     (name,) = gradients
-    torch.testing.assert_close(gradients[name], weight_gradients(everywhere, 0, batches(made))[name])
+    torch.testing.assert_close(gradients[name], gradients_of(everywhere, 0, batches(made))[name])
     assert gradients[name].abs().max() > 1e-3
 
 
 def test_a_magnitude_at_its_start_changes_no_gradient() -> None:
     made, other = pack("bert", (adapter("dora"), 0)), pack("bert", (LORA, 0))
-    assert_close(weight_gradients(made, 0, batches(made)), weight_gradients(other, 0, batches(other)), atol=1e-6)
+    assert_close(gradients_of(made, 0, batches(made)), gradients_of(other, 0, batches(other)), atol=1e-6)
 
 
 def test_a_bf16_backbone_gives_fp32_sums_near_those_of_fp32() -> None:
@@ -221,5 +231,5 @@ def test_gradients_that_stand_already_stay() -> None:
     made = pack("bert", (LORA, 0))
     made(random_batch(made.backbone)).sum().backward()
     before = {name: p.grad.clone() for name, p in made.trainable(0).items() if p.grad is not None}
-    weight_gradients(made, 0, batches(made))
+    gradients_of(made, 0, batches(made))
     assert_close({name: p.grad for name, p in made.trainable(0).items() if p.grad is not None}, before, atol=0)

@@ -350,6 +350,6 @@ def test_lora_one_is_the_step_of_full_fine_tuning_cut_to_the_rank() -> None:
     batch = random_batch(made.backbone, rows=9, length=24)
     made.members[0].adapter.prepare(made, 0, iter([batch]))
     after, before = made.merged(0), plain.merged(0)
-    for name, G in weight_gradients(plain, 0, [batch]).items():
+    for name, G in weight_gradients(plain, 0, [batch]).by_linear.items():
         rate = 16 / math.sqrt(3) / 128 / torch.linalg.svdvals(G)[0]
         close(after[f"{name}.weight"], before[f"{name}.weight"] - rate * best(G, 0, 3), atol=1e-5)
