@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare a fine-tuned decoder, as a classifier and in words, with an encoder and with the prompted decoder, on QQP.
+"""Compare a fine-tuned decoder, as a classifier and text-to-text, with an encoder and the prompted decoder, on QQP.
 
     experiments/decoders.py DATA MODEL OUTPUT STAGE … [--url URL] [KEY=VALUE …]
     experiments/decoders.py DATA MODEL OUTPUT --table
@@ -9,7 +9,7 @@ learns from the same 4,000 pairs for one epoch, rank 8, seeds 0 to 2, at the def
 1,000 pairs of validation.
 
 The stages: minilm (LoRA and the enhanced method, 6 runs), classifier (the same with MODEL and a head), words (the same,
-answers in words), full (MiniLM, and MODEL in words, fully fine-tuned), nf4 (LoRA as a classifier on NF4 and on bf16
+text-to-text), full (MiniLM, and text-to-text MODEL, fully fine-tuned), nf4 (LoRA as a classifier on NF4 and on bf16
 weights), prompted (zero- and four-shot on the first 300 pairs, by an OpenAI-compatible server at URL). Finished runs
 are not repeated. With Gemma, classifier and words take about 100 minutes each on two cores that multiply bf16 fast.
 

@@ -59,7 +59,7 @@ ROWS = (
     Row("Gemma 3 270M", "prompt with 4 examples", "decoders/prompted/few_shot", pairs=300),
     Row("Gemma 3 270M", "full fine-tuning", "decoders/full/words"),
     Row("Gemma 3 270M", "LoRA", "decoders/words/lora"),
-    Row("Gemma 3 270M", "enhanced", "decoders/words/enhanced"),
+    Row("Gemma 3 270M", "enhanced, with the recipe", "decoders/words/enhanced"),
     Row("MiniLM", "LoRA", MINILM, "adapter=lora"),
     Row("MiniLM", "LoRA, with the recipe", MINILM, "experiment=recipe adapter=lora"),
     Row("MiniLM", "full, with the recipe", MINILM, "experiment=recipe adapter=full"),

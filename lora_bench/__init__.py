@@ -1,4 +1,4 @@
-"""lora-bench: which low-rank adapter is best for a text encoder, at what cost, and is the difference real?
+"""lora-bench: which low-rank adapter is best for a text classifier, at what cost, and is the difference real?
 
 `load` loads a finished run; `lora_bench.api` trains, sweeps and compares:
 

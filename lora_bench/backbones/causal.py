@@ -1,4 +1,4 @@
-"""Decoder language models in words: the scores that the language-model head gives the words for the classes.
+"""Text-to-text decoder language models: the scores that the language-model head gives the words for the classes.
 
 The network reads one text that ends in a cue, such as `answer:`. The scores of the first tokens of the words for the
 classes, at the text's last token, are the logits. Where two words begin with the same token, whole words are scored:

@@ -71,7 +71,7 @@ def fit(pack: Pack, member: int, batches: Iterable[Batch]) -> Fitted:
         linear = _output_linear(pack, member, head)
         reason = explain_insufficient_data(of_head, member, reads_labels=True)
         if linear is None:
-            reason = "the model answers in words, without an output layer"
+            reason = "a text-to-text model has no output layer"
         if reason is None and linear is not None:
             pair_features = dict(pack.pair_features.items()).get(str(member))
             reason = _fit_layer(pack, member, of_head, linear, pair_features)

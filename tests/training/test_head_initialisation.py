@@ -73,7 +73,7 @@ def test_without_a_request_nothing_is_read() -> None:
 
 @pytest.mark.parametrize(
     ("form", "labels", "words"),
-    [("t5", None, "in words"), ("bert", torch.zeros(8, dtype=torch.int64), "label 0")],
+    [("t5", None, "text-to-text"), ("bert", torch.zeros(8, dtype=torch.int64), "label 0")],
 )
 def test_what_cannot_be_fitted_starts_as_without_and_is_said(
     form: str, labels: torch.Tensor | None, words: str

@@ -23,7 +23,7 @@ class HeadOnly(Adapter):
         """Return an empty list; a backbone without a head (text-to-text) is a `UserError`."""
         if not backbone.head_modules:
             raise UserError(
-                "this backbone answers in words and has no head to train",
+                "a text-to-text model has no head to train",
                 key="method",
                 value="head_only",
                 remedy="Take adapter=lora or adapter=full, or the other model.form, which has a head.",

@@ -1,4 +1,4 @@
-"""Any sequence classifier of transformers, and decoder language models in words.
+"""Any sequence classifier of transformers, and text-to-text decoder language models.
 
 The networks are in `backbones/auto.py` and `backbones/causal.py`.
 """
