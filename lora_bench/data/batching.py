@@ -58,12 +58,12 @@ class Batch:
     def select_members(self, members: Sequence[int]) -> Batch:
         """Return the batch with the rows of these members only, in this order.
 
-        It is the batch itself if all members share the rows, or if as many members are given as it has.
+        It is the batch itself if all members share the rows, or if these are all of them in their own order.
 
         Args:
             members: positions in the batch, from 0.
         """
-        if self.members == 1 or len(members) == self.members:
+        if self.members == 1 or list(members) == list(range(self.members)):
             return self
 
         def pick(tensor: Tensor) -> Tensor:

@@ -436,3 +436,19 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(fault: str) ->
         made.load_state(0, state)
     assert name in str(caught.value)
     assert_close(made.state(0), before, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_members_that_the_pack_computes_in_another_order_keep_their_own_rows_and_padding(form: str) -> None:
+    members: Members = [(adapter("lora", f"rank={rank}"), seed) for seed, rank in enumerate((8, 4, 2))]
+    made = pack(form, *members)
+    own = [random_batch(made.backbone, seed=seed) for seed in range(3)]
+    own[1] = own[1].map(lambda t: t.flip(0))  # its padding lies in other rows
+    own[2] = random_batch(made.backbone, seed=2, padded=False)
+    together = replace(own[0].map(lambda t: t), full=False, members=3)
+    for name, tensor in vars(own[0]).items():
+        if isinstance(tensor, torch.Tensor):
+            together = replace(together, **{name: torch.cat([getattr(batch, name) for batch in own])})
+    logits = made(together)  # (3, B, 2)
+    for k, (member, batch) in enumerate(zip(members, own, strict=True)):
+        torch.testing.assert_close(logits[k], pack(form, member)(batch)[0], atol=1e-5, rtol=1e-5)
