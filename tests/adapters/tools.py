@@ -17,6 +17,7 @@ from lora_bench.config.build import build
 from lora_bench.config.groups import choices
 from lora_bench.config.keys import with_open_groups
 from lora_bench.data import sources
+from lora_bench.data.batching import Batch
 from lora_bench.data.tokenization import TokenTable, tokenize
 from lora_bench.errors import Code
 from lora_bench.run.settings import Experiment
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from lora_bench.adapters.base import Adapter
     from lora_bench.backbones.base import Backbone
     from lora_bench.config.schema import Optimizer, Trainer
-    from lora_bench.data.batching import Batch
     from lora_bench.data.examples import Examples
     from lora_bench.training.loop import Observer
     from lora_bench.training.member_run import MemberProgress
@@ -49,6 +49,19 @@ def adapter(method: str, *overrides: str) -> Adapter:
     """`adapter("lora", "rank=4")` is what `adapter=lora adapter.rank=4` gives."""
     cfg = composed(f"adapter={method}", *(with_open_groups(f"adapter.{override}") for override in overrides))
     return build(method_class(cfg.adapter.method), cfg.adapter, "adapter")
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Return one batch that holds each member's own rows."""
+    types = [part.token_type_ids for part in parts]
+    return Batch(
+        torch.cat([part.input_ids for part in parts]),
+        torch.cat([part.attention_mask for part in parts]),
+        None if types[0] is None else torch.cat(types),  # type: ignore[arg-type]
+        torch.cat([part.labels for part in parts]),  # type: ignore[misc]
+        full=False,
+        members=len(parts),
+    )
 
 
 def in_turn(combinations: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

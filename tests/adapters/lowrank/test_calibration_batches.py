@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from lora_bench.adapters.lowrank.calibration_batches import input_moments, mean_loss, weight_gradients
 from lora_bench.data.batching import Batch
-from tests.adapters.tools import adapter, assert_close, pack
+from tests.adapters.tools import adapter, assert_close, joined, pack
 from tests.backbones.tools import FORMS, random_batch, reference
 
 if TYPE_CHECKING:
@@ -37,19 +37,6 @@ def batches(made: Pack, seed: int = 0) -> list[Batch]:
         random_batch(made.backbone, seed=2 * seed),
         random_batch(made.backbone, rows=5, length=13, seed=2 * seed + 1),
     ]
-
-
-def joined(parts: list[Batch]) -> Batch:
-    """One batch that holds each member's own rows."""
-    types = [part.token_type_ids for part in parts]
-    return Batch(
-        torch.cat([part.input_ids for part in parts]),
-        torch.cat([part.attention_mask for part in parts]),
-        None if types[0] is None else torch.cat(types),  # type: ignore[arg-type]
-        torch.cat([part.labels for part in parts]),  # type: ignore[misc]
-        full=False,
-        members=len(parts),
-    )
 
 
 def plain(form: str, seed: int = 0) -> tuple[Pack, Any]:

@@ -16,7 +16,7 @@ from lora_bench.adapters.pack.member import stream
 from lora_bench.adapters.pack.member_modules import MemberHeads
 from lora_bench.errors import Code
 from lora_bench.training.prediction import predict
-from tests.adapters.tools import adapter, assert_close, doubled, optimizer, pack, stir, tables, train, trainer
+from tests.adapters.tools import adapter, assert_close, doubled, joined, optimizer, pack, stir, tables, train, trainer
 from tests.backbones.tools import FORMS, make, random_batch, save
 from tests.command_line import refuses
 
@@ -445,10 +445,6 @@ def test_members_that_the_pack_computes_in_another_order_keep_their_own_rows_and
     own = [random_batch(made.backbone, seed=seed) for seed in range(3)]
     own[1] = own[1].map(lambda t: t.flip(0))  # its padding lies in other rows
     own[2] = random_batch(made.backbone, seed=2, padded=False)
-    together = replace(own[0].map(lambda t: t), full=False, members=3)
-    for name, tensor in vars(own[0]).items():
-        if isinstance(tensor, torch.Tensor):
-            together = replace(together, **{name: torch.cat([getattr(batch, name) for batch in own])})
-    logits = made(together)  # (3, B, 2)
+    logits = made(joined(own))  # (3, B, 2)
     for k, (member, batch) in enumerate(zip(members, own, strict=True)):
         torch.testing.assert_close(logits[k], pack(form, member)(batch)[0], atol=1e-5, rtol=1e-5)
