@@ -8,10 +8,11 @@ DATA has QQP's train.tsv and validation.tsv, MODEL is a folder with a decoder la
 learns from the same 4,000 pairs for one epoch, rank 8, seeds 0 to 2, at the default rates, and is scored on the first
 1,000 pairs of validation.
 
-The stages: minilm (LoRA and the enhanced method, 6 runs), classifier (the same with MODEL and a head), words (the same,
-text-to-text), full (MiniLM, and text-to-text MODEL, fully fine-tuned), nf4 (LoRA as a classifier on NF4 and on bf16
-weights), prompted (zero- and four-shot on the first 300 pairs, by an OpenAI-compatible server at URL). Finished runs
-are not repeated. With Gemma, classifier and words take about 100 minutes each on two cores that multiply bf16 fast.
+The stages: minilm (LoRA and the enhanced method, 6 runs), classifier (the same with MODEL and a head), text_to_text
+(the same with its language-model head), full (MiniLM, and text-to-text MODEL, fully fine-tuned), nf4 (LoRA as a
+classifier on NF4 and on bf16 weights), prompted (zero- and four-shot on the first 300 pairs, by an OpenAI-compatible
+server at URL). Finished runs are not repeated. With Gemma, classifier and text_to_text take about 100 minutes each on
+two cores that multiply bf16 fast.
 
 --table prints, for each method, the results on the first 300 pairs too, where the prompted model is scored.
 """
@@ -29,8 +30,8 @@ from lora_bench.records import predictions, run_folder
 PAIRS, PROMPTED_PAIRS, SEEDS = 1000, 300, (0, 1, 2)
 RANK = "adapter.rank=8"
 METHODS = {"lora": ["adapter=lora", RANK], "enhanced": ["experiment=enhanced", RANK]}
-WORDS = ["model.form=text_to_text", "model.label_words=[no,yes]"]
-STAGES = ("minilm", "classifier", "words", "full", "nf4", "prompted")
+TEXT_TO_TEXT = ["model.form=text_to_text", "model.label_words=[no,yes]"]
+STAGES = ("minilm", "classifier", "text_to_text", "full", "nf4", "prompted")
 
 
 def write_split(data: Path, folder: Path, pairs: int) -> Path:
@@ -70,11 +71,11 @@ def run_stage(stage: str, options: argparse.Namespace, overrides: list[str]) -> 
         return
     common = [*data, "data.train_size=4000", "data.selection_size=500", "trainer.epochs=1"]
     common.append("trainer.precision=bf16")  # on every machine
-    models = {"minilm": ["model=minilm"], "classifier": decoder, "words": [*decoder, *WORDS]}
+    models = {"minilm": ["model=minilm"], "classifier": decoder, "text_to_text": [*decoder, *TEXT_TO_TEXT]}
     if stage == "nf4":
         runs = {"bf16": [*decoder, "adapter=lora", RANK], "nf4": [*decoder, "adapter=qlora", RANK]}
     elif stage == "full":
-        runs = {name: [*models[name], "adapter=full"] for name in ("minilm", "words")}
+        runs = {name: [*models[name], "adapter=full"] for name in ("minilm", "text_to_text")}
     else:
         runs = {name: [*models[stage], *method] for name, method in METHODS.items()}
     for seed in SEEDS:

@@ -36,7 +36,7 @@ METHODS = {
     "enhanced-upper": "enhanced, upper four layers, one epoch",
 }
 """Folders of the stage below a model, with the names of their methods."""
-BASELINES = ("saved of full", "saved of full, with the recipe", "saved of all steps of full")
+BASELINES = ("saved against full", "saved against full with the recipe", "saved against all steps of full")
 """The last columns of the tables."""
 
 
