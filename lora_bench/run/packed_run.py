@@ -157,8 +157,9 @@ class PackedRun:
     def prepare(self, pack: Pack, mixtures: Sequence[TaskMixture], trainer: Trainer) -> None:
         """Create the run's members, with the ranks of their checkpoints or after data-driven initialisation.
 
-        The cost of initialisation is noted. Tensors of checkpoints are restored later; on a warm start nothing is
-        initialised. A failure of a data-driven initialisation ends this run only, by the status of its member.
+        The cost of initialisation is noted. Tensors of checkpoints are restored later. A warm start has loaded its
+        tensors before; a head that it has not loaded is initialised. A failure of a data-driven initialisation ends
+        this run only, by the status of its member.
 
         Raises:
             UserError: a checkpoint is not of this run.
@@ -167,10 +168,11 @@ class PackedRun:
         for i, k in enumerate(self.numbers):
             if self.resumed_from:
                 self.preparations.append(_restore_ranks(pack, k, self.resumed_from[i]))
-            elif self.warm_start:
+            elif self.warm_start and not self.warm_start.head_difference:
                 self.preparations.append(Preparation())
             else:
-                self.preparations.append(_initialise(pack, k, mixtures, trainer, progress[i]))
+                is_warm = self.warm_start is not None
+                self.preparations.append(_initialise(pack, k, mixtures, trainer, progress[i], heads_only=is_warm))
         mixture_of = {k: mixture for mixture in mixtures for k in mixture.members}
         for k, member_progress in zip(self.numbers, progress, strict=True):
             member = MemberRun.start(pack, k, self.experiment.optimizer, mixture_of[k], trainer, member_progress)
@@ -343,13 +345,19 @@ def _restore_ranks(pack: Pack, member: int, checkpoint: Checkpoint) -> Preparati
 
 
 def _initialise(
-    pack: Pack, member: int, mixtures: Sequence[TaskMixture], trainer: Trainer, progress: MemberProgress
+    pack: Pack,
+    member: int,
+    mixtures: Sequence[TaskMixture],
+    trainer: Trainer,
+    progress: MemberProgress,
+    *,
+    heads_only: bool,
 ) -> Preparation:
     """Run a member's data-driven initialisation, if its settings ask for one, and return its cost.
 
-    An exception is not raised: it ends the member, in `progress`.
+    An exception is not raised: it ends the member, in `progress`. With `heads_only` the adapter stays as it is.
     """
     began, notes = time.perf_counter(), list[str]()
     with isolate_failure(progress), FlopCounterMode(display=False) as counter:
-        notes = prepare(pack, trainer, mixtures, [member])
+        notes = prepare(pack, trainer, mixtures, [member], heads_only=heads_only)
     return Preparation(time.perf_counter() - began, counter.get_total_flops(), notes=notes)

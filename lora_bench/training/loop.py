@@ -60,15 +60,21 @@ def total_steps(trainer: Trainer, pairs: int) -> int:
 
 
 def prepare(
-    pack: Pack, trainer: Trainer, mixtures: Sequence[TaskMixture], members: Iterable[int] | None = None
+    pack: Pack,
+    trainer: Trainer,
+    mixtures: Sequence[TaskMixture],
+    members: Iterable[int] | None = None,
+    *,
+    heads_only: bool = False,
 ) -> list[str]:
-    """Initialise adapters, ranks and pair features from training batches, if a member's settings ask for it.
+    """Initialise adapters, ranks and heads from training batches, if a member's settings ask for it.
 
     Args:
         pack: before its first step.
         trainer: gives the batch size.
         mixtures: the tasks that the members learn.
         members: to prepare; None: all.
+        heads_only: leave the adapters and their ranks as they are.
 
     Returns:
         Notes for the record on initialisations that had too few pairs.
@@ -85,7 +91,8 @@ def prepare(
                 head_initialisation.centre_numbers(pack, k, single.tasks.values())
                 fitted = head_initialisation.fit(pack, k, single.batches(pack, trainer.batch_size))
                 notes += fitted.notes
-                notes.append(pack.members[k].adapter.prepare(pack, k, single.batches(pack, trainer.batch_size)))
+                if not heads_only:
+                    notes.append(pack.members[k].adapter.prepare(pack, k, single.batches(pack, trainer.batch_size)))
                 if not fitted.pair_features:
                     notes.append(head_initialisation.initialise(pack, k, single.batches(pack, trainer.batch_size)))
     return [note for note in notes if note]

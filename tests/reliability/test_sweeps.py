@@ -48,11 +48,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_29_one_job_raises_and_the_others_run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
     prepare = packed_run.prepare
 
-    def sometimes(pack: Any, trainer: Any, table: Any, members: list[int]) -> list[str]:
+    def sometimes(pack: Any, trainer: Any, table: Any, members: list[int], **options: Any) -> list[str]:
         seed = pack.members[members[0]].seed
         if seed in (1, 3):
             raise RuntimeError(f"cable {seed}")
-        return prepare(pack, trainer, table, members)
+        return prepare(pack, trainer, table, members, **options)
 
     monkeypatch.setattr(packed_run, "prepare", sometimes)
     answer = lora_bench("train", "-m", *toy_run("hydra.sweep.dir=sweep", f"pack.size={size}"), "seed=range(5)")

@@ -80,6 +80,36 @@ def test_a_head_for_other_labels_begins_anew(source: Path, in_tmp: Path) -> None
         assert (tensor - expected[name]).abs().max() < 1e-6, name
 
 
+@pytest.mark.parametrize(
+    ("head", "fitted"),
+    [("head.fit_batches=10", "classifier.weight"), ("head.pair_features=true", "matching.weight")],
+)
+def test_a_head_that_begins_anew_is_prepared_and_the_adapter_is_not(head: str, fitted: str, in_tmp: Path) -> None:
+    source = train("first", head)
+    train("second", head, "adapter.init_from=first", "data.label_names=[no,yes]", "seed=5", *STILL)
+    train("fresh", "seed=5", head.replace("10", "0"), *STILL)
+    initialised, of_source, fresh = tensors("second"), tensors(source), tensors("fresh")
+    lora = [name for name in initialised if "lora" in name]
+    assert lora
+    assert all((initialised[name] - of_source[name]).abs().max() < 1e-6 for name in lora)
+    name = f"base_model.model.{fitted}"
+    assert min((initialised[name] - other[name]).abs().max() for other in (of_source, fresh)) > 1e-4
+    assert record("second")["cost"]["prepare_flops"] > 0
+
+
+def test_a_head_of_numbers_that_begins_anew_starts_at_their_mean(source: Path, in_tmp: Path) -> None:
+    numbers = [7.0, 8.0, 9.0, 10.0] * 10
+    rows = [{"question1": f"a {i}", "question2": f"b {i}", "label": number} for i, number in enumerate(numbers)]
+    for split in ("train", "validation"):
+        Path(f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ["data=files", "data.path=.", "data.type=regression", "data.text_columns=[question1,question2]"]
+    kept = [override for override in ASKED if not override.startswith("data") and "lr" not in override]
+    started = [f"adapter.init_from={source}", "data.selection_size=8", "trainer.max_steps=1", "optimizer.lr=1e-30"]
+    answer = lora_bench("train", *kept, *data, *started, "hydra.run.dir=run")
+    assert answer.code == 0, answer
+    assert float(tensors("run")["base_model.model.classifier.bias"]) == pytest.approx(8.5, abs=0.3)
+
+
 def test_a_head_with_other_differences_begins_anew(in_tmp: Path) -> None:
     """The labels are the same, so the note does not name them."""
     features = ["head.pair_features=true", "trainer.max_steps=1"]
