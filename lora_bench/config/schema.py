@@ -83,8 +83,8 @@ class Head:
     """Differences among the pair features: `absolute`, which do not depend on the order of the texts, or `signed`;
     null: signed if `data.relation` is entailment."""
     fit_batches: int
-    """Training batches that the output layer, pair features included, is fitted to before the first step, with the
-    backbone as it is; 0: it starts at random."""
+    """Training batches of each task that the output layer, pair features included, is fitted to before the first step,
+    with the backbone as it is; 0: it starts at random."""
 
     def __post_init__(self) -> None:
         """Refuse a negative number of batches, and an unknown kind of differences."""

@@ -55,20 +55,18 @@ class Fitted:
 
 
 @torch.no_grad()
-def fit(pack: Pack, member: int, batches: Iterable[Batch]) -> Fitted:
+def fit(pack: Pack, member: int, batches_by_task: Iterable[Iterable[Batch]]) -> Fitted:
     """Fit the output layer of each of a member's heads, pair features included, if its settings ask for it.
 
-    `Member.fit_batches` batches are read, without dropout, before the adapter changes anything. A layer that they
-    cannot tell anything about starts as it would without a fit.
+    `Member.fit_batches` batches of each task are read, without dropout, before the adapter changes anything. A layer
+    that they cannot tell anything about starts as it would without a fit.
     """
     fitted, count = Fitted(), pack.members[member].fit_batches
     if not count:
         return fitted
-    by_head: dict[int, list[Batch]] = {}
-    for batch in islice(batches, count):
-        by_head.setdefault(batch.head, []).append(batch)
-    for head, of_head in sorted(by_head.items()):
-        linear = _output_linear(pack, member, head)
+    for batches in batches_by_task:
+        of_head = list(islice(batches, count))
+        linear = _output_linear(pack, member, of_head[0].head)
         reason = explain_insufficient_data(of_head, member, reads_labels=True)
         if linear is None:
             reason = "a text-to-text model has no output layer"

@@ -89,7 +89,8 @@ def prepare(
             with pack.only([k]):
                 single = mixture.for_initialisation(k)
                 head_initialisation.centre_numbers(pack, k, single.tasks.values())
-                fitted = head_initialisation.fit(pack, k, single.batches(pack, trainer.batch_size))
+                by_task = (task.batches(pack, trainer.batch_size) for task in single.by_task())
+                fitted = head_initialisation.fit(pack, k, by_task)
                 notes += fitted.notes
                 if not heads_only:
                     notes.append(pack.members[k].adapter.prepare(pack, k, single.batches(pack, trainer.batch_size)))

@@ -81,6 +81,10 @@ class TaskMixture:
         tasks = {name: replace(task, second_view=None) for name, task in self.tasks.items()}
         return replace(self, members=[member], tasks=tasks)
 
+    def by_task(self) -> list[TaskMixture]:
+        """Return a mixture of each task alone, for the same members."""
+        return [replace(self, tasks={name: task}) for name, task in self.tasks.items()]
+
     def steps_per_epoch(self, batch_size: int) -> int:
         """Return the batches of an epoch over all tasks."""
         return sum(task.plan(batch_size).steps_per_epoch for task in self.tasks.values())

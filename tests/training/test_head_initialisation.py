@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,9 @@ from lora_bench.adapters.lowrank.calibration_batches import mean_loss
 from lora_bench.adapters.pack.member import Member
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.data.batching import collate
+from lora_bench.training import loop
 from lora_bench.training.head_initialisation import fit
+from lora_bench.training.task_mixture import TaskData, TaskMixture
 from tests.adapters.tools import adapter, tables, trainer
 from tests.backbones.tools import FORMS, make
 from tests.command_line import refused, toy_run
@@ -48,7 +52,7 @@ def test_the_fitted_head_predicts_and_the_adapter_is_untouched(form: str, pair_f
     pack = made(form, 9, pair_features=pair_features)
     batches = [replace(b, labels=(of_b > middle).long()) for b, of_b in zip(batches_of(pack, 9), odds, strict=True)]
     before, updates = mean_loss(pack, 0, batches), {k: v.clone() for k, v in pack.state(0).items() if "lora" in k}
-    fitted = fit(pack, 0, batches)
+    fitted = fit(pack, 0, [batches])
     assert (fitted.notes, fitted.pair_features) == ([], pair_features)
     assert mean_loss(pack, 0, batches) < min(before, 0.6)
     assert all(torch.equal(pack.state(0)[name], tensor) for name, tensor in updates.items())
@@ -61,13 +65,13 @@ def test_numbers_and_more_classes(outputs: int) -> None:
     labels = torch.arange(8) % 3 if outputs == 3 else torch.randn(8, generator=generator)
     batches = [replace(batch, labels=labels) for batch in batches_of(pack, 1)] * 6
     before = mean_loss(pack, 0, batches)
-    fit(pack, 0, batches)
+    fit(pack, 0, [batches])
     assert mean_loss(pack, 0, batches) < before / 2
 
 
 def test_without_a_request_nothing_is_read() -> None:
     pack = made("bert", 0)
-    fitted = fit(pack, 0, iter(lambda: pytest.fail("a batch was read"), None))
+    fitted = fit(pack, 0, iter(lambda: pytest.fail("a batch was read"), []))
     assert (fitted.notes, fitted.pair_features) == ([], False)
 
 
@@ -80,10 +84,22 @@ def test_what_cannot_be_fitted_starts_as_without_and_is_said(
 ) -> None:
     pack = made(form, 4)
     before = {name: tensor.clone() for name, tensor in pack.state(0).items()}
-    (note,) = fit(pack, 0, batches_of(pack, 4, labels)).notes
+    (note,) = fit(pack, 0, [batches_of(pack, 4, labels)]).notes
     assert note.startswith("head.fit_batches: ")
     assert words in note
     assert all(torch.equal(pack.state(0)[name], tensor) for name, tensor in before.items())
+
+
+def test_every_task_has_its_own_batches_however_small_it_is() -> None:
+    pack = made("bert", 2, outputs=(2, 2))
+    train, selection = tables(pack.backbone)
+    small, large = train.take(np.arange(12)), replace(train.take(np.arange(12, 72)), head=1)
+    before = {name: tensor.clone() for name, tensor in pack.state(0).items()}
+    mixture = TaskMixture([0], {"small": TaskData(small, selection), "large": TaskData(large, selection)})
+    assert {batch.head for batch in islice(mixture.batches(pack, 8), 2)} == {1}
+    loop.prepare(pack, trainer(), [mixture])
+    for head in ("", "head_1."):
+        assert not torch.equal(pack.state(0)[f"{head}classifier.weight"], before[f"{head}classifier.weight"])
 
 
 def test_each_member_of_a_pack_begins_as_alone() -> None:
