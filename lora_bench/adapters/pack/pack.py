@@ -187,15 +187,25 @@ class Pack(PackState):
     def member_groups(self) -> list[list[int]]:
         """Return the active members in groups; each group takes one pass through the adapted layers.
 
-        Groups have at most `group_size` members and differ by at most one. Members with the same batching key are
-        neighbours. Groups of one are in the order of `active`.
+        Groups have at most `group_size` members. Members with the same batching key are neighbours. Those that need
+        every position of the last layer are in groups of their own: the others' dropout would draw more random numbers
+        there than in a single run. Apart from that, groups differ by at most one member. Groups of one are in the order
+        of `active`.
         """
         if self.group_size == 1:
             return [[k] for k in self.active]
-        members = sorted(self.active, key=self._batching_order)
-        groups = -(-len(members) // self.group_size)
-        ends = [len(members) * i // groups for i in range(groups + 1)]
-        return [members[start:end] for start, end in pairwise(ends)]
+        groups = []
+        for needs_all in (False, True):
+            members = [k for k in self.active if self._needs_all_positions(k) == needs_all]
+            members.sort(key=self._batching_order)
+            count = -(-len(members) // self.group_size)
+            ends = [len(members) * i // count for i in range(count + 1)] if members else []
+            groups += [members[start:end] for start, end in pairwise(ends)]
+        return groups
+
+    def _needs_all_positions(self, member: int) -> bool:
+        """Return whether the last layer must compute every position for a member, even if the head reads only one."""
+        return str(member) in self.pair_features or self.members[member].adapter.mixes_positions
 
     def _batching_order(self, member: int) -> tuple[str, int]:
         """Return a sort key of the member's first update: members of one batching key together, by ascending rank."""
@@ -242,8 +252,7 @@ class Pack(PackState):
         hidden, batch = self._rows_of(hidden, replace(batch, hidden=None), members)  # (K·B, T, D)
         if K > 1:
             self._synced(members).copy_parameters()
-        has_pair_features = any(str(k) in self.pair_features for k in members)
-        needs_all = has_pair_features or any(self.members[k].adapter.mixes_positions for k in members)
+        needs_all = any(map(self._needs_all_positions, members))
         with self._computing(members, batch.head, all_positions=needs_all), self._autocast():
             # (K·B, C), and (K·B, T, D) or (K·B, 1, D)
             logits, states = (
@@ -252,7 +261,7 @@ class Pack(PackState):
                 else self.backbone.suffix_with_states(hidden, batch, self.depth)
             )
         logits = logits.float().view(K, -1, logits.shape[-1])  # (K, B, C)
-        return self._add_pair_features(logits, states, batch, members) if has_pair_features else logits
+        return self._add_pair_features(logits, states, batch, members)
 
     def _rows_of(self, hidden: Tensor, batch: Batch, members: list[int]) -> tuple[Tensor, Batch]:
         """Return the rows of these members, member by member: (K·B, T, D) and a batch of as many rows.
@@ -284,6 +293,8 @@ class Pack(PackState):
         """Return the logits (K, B, C) with the pair features' part added, for the members that have them."""
         by_number: dict[str, Any] = dict(self.pair_features.items())
         modules = {i: by_number[str(k)] for i, k in enumerate(members) if str(k) in by_number}
+        if not modules:
+            return logits
         masks, features = self.backbone.text_masks(batch), {}
         for signed in {module.signed for module in modules.values()}:
             rows = compute_pair_features(states, *masks, signed=signed)  # (K·B, 2 D)

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from lora_bench.adapters.methods.lora import LoRA
-from lora_bench.adapters.pack.member import stream
+from lora_bench.adapters.pack.member import Member, stream
 from lora_bench.adapters.pack.member_modules import MemberHeads
+from lora_bench.adapters.pack.pack import Pack
 from lora_bench.errors import Code
 from lora_bench.training.prediction import predict
 from tests.adapters.tools import adapter, assert_close, doubled, joined, optimizer, pack, stir, tables, train, trainer
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_bench.adapters.base import Adapter, Update
-    from lora_bench.adapters.pack.pack import Pack
     from lora_bench.config.schema import Optimizer, Trainer
     from lora_bench.data.batching import Batch
 
@@ -80,6 +80,17 @@ def test_in_fp32_they_do_so_up_to_the_order_of_additions(form: str, backbone: Ca
 @pytest.mark.parametrize("form", ["bert", "t5"])
 def test_with_dropout_they_drop_what_they_would_alone(form: str) -> None:
     assert_as_alone(form, [(replace(settings, dropout=0.3), seed) for settings, seed in UNLIKE])
+
+
+def test_dropout_does_not_depend_on_a_neighbour_that_needs_every_position() -> None:
+    members = [
+        Member(adapter("lora", f"rank={rank}", "dropout=0.3"), seed, pair_features=seed == 1)
+        for seed, rank in enumerate((2, 4, 8))
+    ]
+    _, together = train(doubled(Pack(make("tiny_bert"), members, batched=True)))
+    for member, end in zip(members, together, strict=True):
+        _, (alone,) = train(doubled(Pack(make("tiny_bert"), [member])))
+        assert_close(end, alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 9, 1000])
