@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 
 NAME = "default"
 """PEFT's name of the adapter in its layers, which its files leave out."""
+_SUMS = {
+    "exp_avg_ipt_A": "adamss_A",
+    "exp_avg_unc_A": "adamss_A",
+    "exp_avg_ipt_B": "adamss_B",
+    "exp_avg_unc_B": "adamss_B",
+}
+"""AdaMSS's running sums of importance and uncertainty in its layers, and the parameters whose shapes they have."""
 
 
 class Frame(nn.Module):
@@ -171,6 +178,46 @@ class InjectedUpdate(Update):
             ) from None
         merged = layer.get_base_layer()
         return merged.weight.detach(), None if bias is None else merged.bias.detach()
+
+    def training_statistics(self) -> dict[str, Tensor]:
+        """Return the sums by which AdaMSS chooses what it trains (`settings.use_asa`), and what it trains now.
+
+        `is_trained` has a flag for each parameter. Other methods have none of it: all else that they learn is in their
+        parameters and buffers.
+        """
+        layer = self.layer[0]
+        if NAME not in getattr(layer, "exp_avg_ipt_A", {}):
+            return {}
+        sums = {
+            f"{name}/{i}": tensor
+            for name in _SUMS
+            for i, tensor in enumerate(getattr(layer, name)[NAME])
+            if tensor is not None  # it is None after a choice, until the next step
+        }
+        return {"is_trained": torch.tensor([p.requires_grad for p in self.parameters()]), **sums}
+
+    def load_training_statistics(self, tensors: dict[str, Tensor]) -> None:
+        """Load what `training_statistics` returned; after an error some of it may be loaded.
+
+        Raises:
+            ValueError: a tensor has another shape.
+            KeyError: the flags are missing, or a sum is unknown.
+        """
+        layer, remaining = self.layer[0], dict(tensors)
+        if not remaining and not self.training_statistics():
+            return
+        for p, is_trained in zip(self.parameters(), remaining.pop("is_trained").tolist(), strict=True):
+            p.requires_grad_(bool(is_trained))
+        for name, factor in _SUMS.items():
+            sums = []
+            for i, p in enumerate(getattr(layer, factor)[NAME]):
+                tensor = remaining.pop(f"{name}/{i}", None)
+                if tensor is not None and tensor.shape != p.shape:
+                    raise ValueError(f"{name}/{i} has another shape than its parameter")
+                sums.append(None if tensor is None else tensor.to(p.device))
+            getattr(layer, name)[NAME] = sums
+        if remaining:
+            raise KeyError(next(iter(remaining)))
 
     def to_tensors(self) -> dict[str, Tensor]:
         raise TypeError("the tensors of all layers are written together, by the frame")
