@@ -96,9 +96,9 @@ def run_lora_bench(size: str, folder: str, pairs: int, members: int) -> Measurem
     """Train one epoch with a pack of so many members, each with its own seed."""
     from lora_bench.adapters.pack.member import Member
     from lora_bench.adapters.pack.pack import Pack
-    from lora_bench.evaluation.cost import FlopModel, peak_memory_bytes, reset_peak_memory
+    from lora_bench.evaluation.cost import peak_memory_bytes, reset_peak_memory
     from lora_bench.run.inputs import SharedInputs
-    from lora_bench.training.dummy_step import dummy_step
+    from lora_bench.training.dummy_step import StepFlops
     from lora_bench.training.loop import fit
 
     experiment = build_experiment(overrides(size, folder, pairs))
@@ -107,7 +107,7 @@ def run_lora_bench(size: str, folder: str, pairs: int, members: int) -> Measurem
     device, tables = inputs.backbone.device, inputs.tasks[""].tables
     pack = Pack(inputs.backbone, [Member(experiment.adapter, seed) for seed in range(members)])
     with pack.only([0]):
-        flop_model = FlopModel.measure(lambda rows, length: dummy_step(pack, rows, length))
+        flop_model = StepFlops.measure(pack)
     peak = measure_gemm(pack.backbone.compute_dtype, device)
     reset_peak_memory(device)
     progress, *_ = fit(

@@ -100,10 +100,9 @@ def run_lora_bench(workload: Workload, data: str, pairs: int) -> Measurements:
     import numpy as np
 
     from lora_bench.data.tokenization import tokenize
-    from lora_bench.evaluation.cost import FlopModel
     from lora_bench.run.inputs import attach
     from lora_bench.run.loaded_data import LoadedData
-    from lora_bench.training.dummy_step import dummy_step
+    from lora_bench.training.dummy_step import StepFlops
     from lora_bench.training.loop import fit, prepare_task
     from lora_bench.training.memory import keep_freed_memory
     from lora_bench.training.precision import resolve_device, resolve_precision
@@ -125,7 +124,7 @@ def run_lora_bench(workload: Workload, data: str, pairs: int) -> Measurements:
     if workload.top_layers:
         tables |= PrefixCache(sha256, 1e10).with_cached_hidden_states(pack, {"train": tables["train"]})
     prepare_task(pack, experiment.trainer, tables["train"])
-    flop_model = FlopModel.measure(lambda rows, length: dummy_step(pack, rows, length))
+    flop_model = StepFlops.measure(pack)
     one_batch = splits["validation"].take(np.arange(BATCH_SIZE))
     selection = tokenize(one_batch, columns, pack.backbone, length, cached=False)
     peak_before = measure_gemm(pack.backbone.compute_dtype, device)

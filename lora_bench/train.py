@@ -18,14 +18,14 @@ from lora_bench.console.progress import Display, JobsDisplay, announcement
 from lora_bench.console.stages import stage
 from lora_bench.console.sweep_progress import print_once
 from lora_bench.console.text import sanitise
-from lora_bench.evaluation.cost import FlopModel, reset_peak_memory
+from lora_bench.evaluation.cost import reset_peak_memory
 from lora_bench.run.inputs import SharedInputs
 from lora_bench.run.packed_run import PackedRun
 from lora_bench.run.preflight import check_processes
 from lora_bench.run.recorder import Recorder
 from lora_bench.training.checkpointing import set_checkpointing
 from lora_bench.training.distributed import SINGLE_PROCESS, Processes, processes_of_torchrun
-from lora_bench.training.dummy_step import dummy_step
+from lora_bench.training.dummy_step import StepFlops
 from lora_bench.training.loop import PackTraining, total_steps
 from lora_bench.training.memory import trim_freed_memory
 from lora_bench.training.prefix_cache import PrefixCache
@@ -219,15 +219,15 @@ def _with_prefixes(inputs: SharedInputs, pack: Pack, trainer: Trainer) -> tuple[
     return replace(inputs, tasks=tasks), seconds, flops
 
 
-def _flop_models(pack: Pack) -> list[FlopModel]:
+def _flop_models(pack: Pack) -> list[StepFlops]:
     """Return a FLOP model of each member's training step, as in a single run; equal members are measured once."""
-    measured: dict[str, FlopModel] = {}
+    measured: dict[str, StepFlops] = {}
     models = []
     for k, member in enumerate(pack.members):
-        settings = settings_hash((member.adapter, member.pair_features, pack.assigned_ranks[k]))
+        settings = settings_hash((member.adapter, member.pair_features, pack.assigned_ranks[k], member.outputs))
         if settings not in measured:
             with pack.only([k]):
-                measured[settings] = FlopModel.measure(lambda rows, length: dummy_step(pack, rows, length))
+                measured[settings] = StepFlops.measure(pack)
         models.append(measured[settings])
     return models
 

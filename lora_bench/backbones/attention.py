@@ -7,7 +7,8 @@ the backward pass but queries, keys, values and, where they are short, the proba
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,29 @@ from torch import Tensor
 
 from lora_bench.backbones.dropout import drop_out
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 KEPT_LENGTH = 64
 """Up to this many tokens, attention probabilities are saved for the backward pass; beyond, they are recomputed."""
+
+_recomputations: list[list[int]] = []
+"""The lists to which backward passes add the FLOPs of a recomputation."""
+
+
+@contextmanager
+def counting_recomputation() -> Iterator[list[int]]:
+    """Count what backward passes within the context would compute again if they were beyond `KEPT_LENGTH`.
+
+    Returns:
+        A list that gets the FLOPs of each attention, whatever its length.
+    """
+    flops: list[int] = []
+    _recomputations.append(flops)
+    try:
+        yield flops
+    finally:
+        _recomputations.pop()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int, dropout: float = 0.0) -> Tensor:
@@ -64,6 +86,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key and value for that of the output (N, S, D); none for mask and heads."""
         q, k, v, p, mask = ctx.saved_tensors
+        for flops in _recomputations:
+            flops.append(2 * q.numel() * k.shape[1])
         if p is None:
             p = _probabilities(q, k, mask)
         rows = _split(grad, ctx.heads)  # (N·heads, S, d)

@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 _PROBES = ((1, 8), (1, 16), (1, 24), (2, 8))  # (N, T)
 
@@ -44,6 +44,11 @@ class FlopModel:
             with FlopCounterMode(display=False) as counter:
                 call(rows, length)
             counts.append(counter.get_total_flops())
+        return cls.fit(counts)
+
+    @classmethod
+    def fit(cls, counts: Sequence[int]) -> FlopModel:
+        """Fit the four coefficients to FLOPs that were counted in the calls of `measure`, in their order."""
         terms = np.array([[1, n, n * t, n * t * t] for n, t in _PROBES], np.float64)
         c0, c1, c2, c3 = np.linalg.solve(terms, np.array(counts, np.float64))
         return cls((float(c0), float(c1), float(c2), float(c3)))

@@ -23,12 +23,11 @@ from lora_bench.training.precision import resolve_device, resolve_precision
 from lora_bench.training.training_state import reject_foreign_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lora_bench.adapters.pack.member import Member
     from lora_bench.adapters.pack.pack import Pack
     from lora_bench.config.schema import Trainer
-    from lora_bench.evaluation.cost import FlopModel
     from lora_bench.records.job import Job
     from lora_bench.records.run_folder import Run
     from lora_bench.run.inputs import SharedInputs
@@ -187,7 +186,7 @@ class PackedRun:
             replace(preparation, prefix_seconds=seconds, prefix_flops=flops) for preparation in self.preparations
         ]
 
-    def open_checkpoints(self, flop_models: Sequence[FlopModel]) -> None:
+    def open_checkpoints(self, flop_models: Sequence[Callable[[int, int], float]]) -> None:
         """Let each member save its checkpoints, with the metadata that a resumed run needs, and count its FLOPs.
 
         Args:

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_bench.backbones.attention import KEPT_LENGTH, counting_recomputation
 from lora_bench.data.batching import Batch
+from lora_bench.evaluation.cost import FlopModel
 from lora_bench.head.loss import label_loss
 
 if TYPE_CHECKING:
     from lora_bench.adapters.pack.pack import Pack
     from lora_bench.backbones.base import Backbone
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of a training step, forward and backward, as a function of rows and tokens."""
+
+    step: FlopModel
+    recomputation: FlopModel
+    """FLOPs that a batch of more than `KEPT_LENGTH` tokens adds: its attention is computed again."""
+
+    @classmethod
+    def measure(cls, pack: Pack) -> StepFlops:
+        """Measure the steps of the pack's active members, with the effects of `dummy_step`."""
+        recomputations: list[int] = []
+
+        def call(rows: int, length: int) -> None:
+            with counting_recomputation() as flops:
+                dummy_step(pack, rows, length)
+            recomputations.append(sum(flops))
+
+        step = FlopModel.measure(call)
+        config: Any = pack.network.config
+        drops_out = pack.trains_backbone and getattr(config, "attention_probs_dropout_prob", 0.0) > 0
+        # Dropout, which a dummy step leaves out, needs the probabilities: then they are saved whatever the length.
+        return cls(step, FlopModel.fit([0] * len(recomputations) if drops_out else recomputations))
+
+    def __call__(self, rows: int, length: int) -> float:
+        """Return the FLOPs of a step on `rows` rows of `length` tokens."""
+        return self.step(rows, length) + (self.recomputation(rows, length) if length > KEPT_LENGTH else 0.0)
 
 
 def dummy_step(pack: Pack, rows: int, length: int) -> None:

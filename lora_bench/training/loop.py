@@ -30,13 +30,12 @@ from lora_bench.training.training_state import gather
 from lora_bench.training.weight_averaging import averaged_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from lora_bench.adapters.pack.pack import Pack
     from lora_bench.config.schema import Metric, Optimizer, Trainer
     from lora_bench.data.batching import Batch
     from lora_bench.data.tokenization import TokenTable
-    from lora_bench.evaluation.cost import FlopModel
     from lora_bench.training.member_run import MemberProgress
     from lora_bench.training.signals import Interruption
 
@@ -359,7 +358,7 @@ def fit(
     selection: TokenTable,
     *,
     second_view: TokenTable | None = None,
-    flop_models: Sequence[FlopModel] = (),
+    flop_models: Sequence[Callable[[int, int], float]] = (),
     observer: Observer | None = None,
 ) -> list[MemberProgress]:
     """Train a pack on one task without records, as benchmarks do, and leave each member at its best state.
@@ -371,7 +370,7 @@ def fit(
         train: the training pairs.
         selection: the pairs on which the best state is chosen.
         second_view: second views of the training pairs, if the objective has any.
-        flop_models: FLOPs of a training step of each member, if they are to be counted.
+        flop_models: FLOPs of a training step of each member by rows and tokens, if they are to be counted.
         observer: hears of steps, evaluations and ends.
 
     Returns:

@@ -15,7 +15,7 @@ from lora_bench.training.optim import make_optimizer, set_learning_rate
 from lora_bench.training.weight_averaging import WeightAverage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lora_bench.adapters.pack.pack import Pack
     from lora_bench.config.schema import Optimizer, Trainer
     from lora_bench.data.batching import Batch
-    from lora_bench.evaluation.cost import FlopModel
     from lora_bench.training.checkpoint import Checkpoints
     from lora_bench.training.task_mixture import TaskMixture
 
@@ -109,7 +108,7 @@ class MemberRun:
         schedule: steps of its evaluations and of its end.
         progress: its status, best state and costs so far.
         siblings: numbers of the members of the same run, itself included.
-        flop_model: FLOPs of one of its training steps; None: they are not counted.
+        flop_model: FLOPs of one of its training steps by rows and tokens; None: they are not counted.
         checkpoints: the store of its states; None: its state is not saved.
         stop_requested: it ends after this step, once its ranks are final.
     """
@@ -122,7 +121,7 @@ class MemberRun:
     schedule: Schedule
     progress: MemberProgress
     siblings: Sequence[int]
-    flop_model: FlopModel | None = None
+    flop_model: Callable[[int, int], float] | None = None
     checkpoints: Checkpoints | None = None
     stop_requested: bool = False
 

@@ -22,8 +22,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_bench.data.batching import Batch, BatchPlan, collate, evaluation_plan, training_batches
-from lora_bench.evaluation.cost import FlopModel, held_memory_bytes, peak_memory_bytes
-from lora_bench.training.dummy_step import dummy_step
+from lora_bench.evaluation.cost import held_memory_bytes, peak_memory_bytes
+from lora_bench.training.dummy_step import StepFlops
 from lora_bench.training.member_run import MemberRun, clip_gradients
 from lora_bench.training.micro_batching import in_micro_batches
 from lora_bench.training.prediction import predict
@@ -105,7 +105,7 @@ def estimate(
     steps, backward = mixture.steps(trainer), mixture.backward(pack, trainer)
     plan = task.plan(trainer.batch_size, backward.multiple)
     shapes = _count_shapes(plan, steps, pack.members[0].seed)
-    flop_model = FlopModel.measure(partial(dummy_step, pack))
+    flop_model = StepFlops.measure(pack)
     orders = 1 if second_view is None else 2
     flops = {(rows, length): flop_model(orders * rows, length) for rows, length in shapes}
     chosen = _spread(sorted(shapes, key=lambda shape: -flops[shape]), SHAPES)  # the largest first: it sets the peak

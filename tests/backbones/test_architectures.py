@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lora_bench.evaluation.cost import FlopModel
+from lora_bench.training.dummy_step import StepFlops
 from tests.backbones.architecture_checks import check, largest_cut_difference
 from tests.backbones.architectures import ARCHITECTURES
 
@@ -35,7 +36,7 @@ def test_there_are_25_architectures() -> None:
 def test_an_architecture_learns_is_reloaded_exported_and_cut(
     architecture: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FlopModel, "measure", lambda step: FlopModel((1.0, 1.0, 0.0, 0.0)))  # it takes a third
+    monkeypatch.setattr(StepFlops, "measure", lambda pack: FlopModel((1.0, 1.0, 0.0, 0.0)))  # it takes a third
     model = architecture.save(tmp_path / "model")
     lora = check(architecture, model, ["adapter=lora"], tmp_path / "lora", ["merged", "peft"], steps=2)
     assert lora.refused == ""

@@ -16,6 +16,7 @@ from pyarrow import parquet
 from lora_bench import train as training
 from lora_bench.adapters.pack.pack import Pack
 from lora_bench.errors import Code, DivergedError
+from lora_bench.evaluation.cost import FlopModel
 from lora_bench.evaluation.metrics import score
 from lora_bench.run import finished_run, recorder
 from lora_bench.training import model_selection
@@ -116,7 +117,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
         return logits
 
     monkeypatch.setattr(Pack, "suffix", call)
-    monkeypatch.setattr(training.FlopModel, "measure", lambda step: training.FlopModel((1.0, 1.0, 0.0, 0.0)))
+    monkeypatch.setattr(training.StepFlops, "measure", lambda pack: FlopModel((1.0, 1.0, 0.0, 0.0)))
 
 
 @pytest.mark.reliability(44)

@@ -16,7 +16,6 @@ from lora_bench.adapters.pack.pack import Pack
 from lora_bench.data.augmentation import training_tables
 from lora_bench.data.batching import BatchPlan
 from lora_bench.data.tokenization import TokenTable, tokenize
-from lora_bench.evaluation.cost import FlopModel
 from lora_bench.records import run_folder
 from lora_bench.records.job import Job
 from lora_bench.run.loaded_data import LoadedData
@@ -25,7 +24,7 @@ from lora_bench.sweeps.cost_estimate import estimate_run
 from lora_bench.train import train
 from lora_bench.training import rehearsal as module
 from lora_bench.training.cuda_graphs import Backward
-from lora_bench.training.dummy_step import dummy_step
+from lora_bench.training.dummy_step import StepFlops
 from lora_bench.training.rehearsal import Estimate, estimate
 from tests import forked
 from tests.command_line import lora_bench
@@ -63,7 +62,7 @@ def test_the_estimate_is_what_the_run_then_does(backbone: Callable[..., Backbone
     experiment = experiment_of(*chosen, "trainer.batch_size=9", "data.train_size=108")
     pack = Pack(backbone(), [Member(experiment.adapter, 0)])
     expected = estimated(experiment, pack)
-    model = FlopModel.measure(lambda rows, length: dummy_step(pack, rows, length))
+    model = StepFlops.measure(pack)
     tables, swapped = given(experiment, pack)
     assert (swapped is None) == (objective == "cross_entropy")
     learned = (pack, [experiment.optimizer], experiment.trainer, tables["train"], tables["selection"])

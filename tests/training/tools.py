@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from lora_bench.adapters.pack.pack import Pack
     from lora_bench.config.schema import Optimizer, Trainer
     from lora_bench.data.tokenization import TokenTable
-    from lora_bench.evaluation.cost import FlopModel
     from lora_bench.training.checkpoint import Checkpoint, Checkpoints
 
 
@@ -46,7 +45,7 @@ def fit_mixtures(
     *,
     watcher: Any = None,
     ended: Callable[[Sequence[int]], None] | None = None,
-    flop_models: Sequence[FlopModel] | None = None,
+    flop_models: Sequence[Callable[[int, int], float]] | None = None,
     checkpoints: Sequence[Checkpoints] | None = None,
     resumed_from: Sequence[Checkpoint] | None = None,
     outcomes: Sequence[MemberProgress] | None = None,
