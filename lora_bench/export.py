@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from lora_bench.adapters.peft import files
 from lora_bench.adapters.peft.fused_rows import can_be_joined, has_parts
 from lora_bench.adapters.peft.names import AUTO_CLASSES
+from lora_bench.backbones.fused_linear import is_transposed
 from lora_bench.backbones.load import public_location
 from lora_bench.backbones.locate import local_folder
 from lora_bench.backbones.quantized_modules import QuantizedWeight
@@ -301,6 +302,8 @@ def _refuse_unknown_to_peft(pack: Pack, choice: str) -> None:
         reason = "adapts quantised weights, which a PEFT adapter does not include"
     else:
         reason = "is a method that PEFT does not have"
+        if any(is_transposed(pack.network.get_submodule(f"{name}.base")) for name in updates):
+            reason += " for weights that are stored as (in, out), as GPT-2's"
     raise UserError(
         f"adapter={choice} {reason}",
         key="format",

@@ -16,15 +16,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_bench
+from lora_bench.adapters.pack.member import Member
+from lora_bench.adapters.pack.pack import Pack
+from lora_bench.adapters.peft import files
 from lora_bench.adapters.targets import match_targets
 from lora_bench.backbones.conv1d import replace_conv1d
 from lora_bench.errors import Code
 from lora_bench.records.job import Job
 from lora_bench.train import train
 from lora_bench.training.padding import check_padding
-from tests.backbones.tools import END, byte_tokenizer, enliven, make, model_settings, save
+from tests.adapters.tools import adapter, stir
+from tests.backbones.tools import END, byte_tokenizer, enliven, make, model_settings, random_batch, save
 from tests.command_line import lora_bench as command_line
-from tests.command_line import refuses
+from tests.command_line import refused, refuses
 from tests.helpers import SMALL_TOY, composed
 
 if TYPE_CHECKING:
@@ -203,6 +207,34 @@ def test_an_exported_gpt2_gives_the_scores_of_the_run(
             rows = [run.pack.backbone.tokenizer(*pair, return_tensors="pt").input_ids for pair in PAIRS[:-1]]
             scores = [float(network.eval()(input_ids=row).logits.softmax(1)[0, 1]) for row in rows]
         np.testing.assert_allclose(scores, run.predict(PAIRS[:-1]), atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # of every AdaLoRA
+@pytest.mark.parametrize("method", ["adalora", "dora", "hira", "lora", "lora_xs", "miss", "pissa", "vera"])
+def test_peft_reads_every_method_that_is_written_for_it_beside_transposed_weights(
+    folders: Mapping[str, Path], tmp_path: Path, method: str
+) -> None:
+    made = stir(Pack(make("gpt2", f"model.path={folders['gpt2']}"), [Member(adapter(method), 0)])).eval()
+    files.save(tmp_path, made, 0, "", for_peft=True)
+    if method == "miss":
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] is None
+        return
+    batch = random_batch(made.backbone, padded=False)
+    network: Any = transformers.AutoModelForSequenceClassification.from_pretrained(folders["gpt2"])
+    theirs = peft.PeftModel.from_pretrained(network, tmp_path).eval()
+    logits = torch.cat([theirs(input_ids=row[None]).logits for row in batch.input_ids])
+    torch.testing.assert_close(logits, made(batch)[0], atol=1e-5, rtol=0)
+
+
+def test_miss_beside_transposed_weights_is_not_exported_to_peft(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    options = ["adapter=miss", "adapter.rank=8", "trainer.max_steps=1"]
+    folder = trained(tmp_path / "run", f"model.path={folders['gpt2']}", *options)
+    error = refused("export", f"run={folder}", "format=peft", f"output={tmp_path / 'peft'}")
+    assert (error.code, error.key, error.value) == (Code.UNSUPPORTED, "format", "peft")
+    assert not (tmp_path / "peft").exists()
+    assert command_line("export", f"run={folder}", "format=merged", f"output={tmp_path / 'merged'}").code == 0
 
 
 def test_peft_has_no_form_for_vera_on_a_part_of_a_linear(folders: Mapping[str, Path], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lora_bench.adapters.base import Update
 from lora_bench.adapters.targets import LinearAdapter
 from lora_bench.backbones.dropout import keep_mask
+from lora_bench.backbones.fused_linear import is_transposed
 from lora_bench.config.adapter_values import check_values
 from lora_bench.errors import require
 
@@ -45,6 +46,9 @@ class MiSS(LinearAdapter):
         return MiSSUpdate(base, self.rank, self.dropout, dropout)
 
     def peft_settings(self, updates: dict[str, Update]) -> dict[str, Any]:
+        """Return PEFT's settings; empty beside a weight that is stored as (in, out), which PEFT's MiSS refuses."""
+        if any(isinstance(update, MiSSUpdate) and update.is_beside_transposed for update in updates.values()):
+            return {}
         return {"peft_type": "MISS", "r": self.rank, "miss_dropout": self.dropout, "bias": "none"}
 
 
@@ -61,6 +65,7 @@ class MiSSUpdate(Update):
     def __init__(self, base: nn.Linear, rank: int, dropout: float, generator: torch.Generator) -> None:
         super().__init__()
         self.miss_block = nn.Parameter(torch.zeros(rank, base.out_features, device=base.weight.device))  # D
+        self.is_beside_transposed = is_transposed(base)
         self.rank = rank
         self.dropout = dropout
         self.generator = generator
