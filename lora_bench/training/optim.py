@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 def make_optimizer(settings: Optimizer, pack: Pack, member: int) -> torch.optim.AdamW:
     """Build AdamW over a member's adapter, in the parameter groups of its method, and over its heads.
 
-    Biases of the head, as other vectors, have no weight decay. Each group's peak learning rate is in `peak_lr`.
+    Biases and norms of the head have no weight decay. The weight of its pair features has, though it is a vector where
+    there are less than three classes. Each group's peak learning rate is in `peak_lr`.
     """
     groups = pack.members[member].adapter.param_groups(
         pack.adapter_parameters(member), settings.lr, settings.weight_decay
     )
+    pair_features = dict(pack.pair_features.items()).get(str(member))
     for p in pack.head_parameters(member).values():
-        groups.append({"params": [p], "lr": settings.lr, "weight_decay": settings.weight_decay if p.ndim > 1 else 0.0})
+        is_weight = p.ndim > 1 or (pair_features is not None and p is pair_features.weight)
+        groups.append({"params": [p], "lr": settings.lr, "weight_decay": settings.weight_decay if is_weight else 0.0})
     for group in groups:
         group["peak_lr"] = group["lr"]
     return torch.optim.AdamW(

@@ -75,6 +75,21 @@ def test_every_trained_tensor_is_in_one_group_and_vectors_are_not_decayed(backbo
                     assert (group["betas"], group["eps"], group["lr"]) == ((0.8, 0.95), 1e-6, 1e-2)
 
 
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_weights_of_pair_features_are_decayed_for_any_number_of_classes(
+    backbone: Callable[..., Backbone], outputs: int
+) -> None:
+    pack = Pack(backbone(), [Member(lora(), 0, outputs=[outputs], pair_features=True)])
+    decay = {
+        id(p): group["weight_decay"]
+        for group in make_optimizer(SETTINGS, pack, 0).param_groups
+        for p in group["params"]
+    }
+    head = {name: decay[id(p)] for name, p in pack.head_parameters(0).items()}
+    assert head["matching.weight"] == head["classifier.weight"] == 0.1
+    assert head["matching.bias"] == head["classifier.bias"] == 0.0
+
+
 def test_the_ratio_of_lora_plus_touches_one_factor_alone_and_keeps_its_decay(backbone: Callable[..., Backbone]) -> None:
     pack = Pack(backbone(), [Member(lora(lr_ratio=16.0, magnitude=True), 0)])
     optimizer = make_optimizer(SETTINGS, pack, 0)
