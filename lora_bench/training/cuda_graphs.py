@@ -47,11 +47,14 @@ class Backward:
         self.pack = pack
         self.objectives = objectives
         is_external = any(member.adapter.is_external for member in pack.members)
-        is_recordable = not (pack.recomputes_activations or pack.backbone.is_sharded or is_external)
-        graphs = graphs and pack.backbone.device.type == "cuda" and is_recordable
-        self._pass = Graphs(pack, self._add) if graphs else self._add_from_cpu
+        graphs = graphs and pack.backbone.device.type == "cuda" and not (pack.backbone.is_sharded or is_external)
+        self._pass = Graphs(pack, self._add) if graphs and not pack.recomputes_activations else self._add_from_cpu
         self.multiple = LENGTH_MULTIPLE if graphs else 1
-        """The length of a batch, in tokens, should be a multiple of this."""
+        """The length of a batch, in tokens, should be a multiple of this.
+
+        It does not depend on the free memory, which may let a pack recompute activations and not a single run: padding
+        changes which features dropout drops.
+        """
 
     def __call__(self, batch: Batch, of_pairs: int, pairs: int) -> dict[int, float]:
         """Accumulate the gradients of a batch in micro-batches.

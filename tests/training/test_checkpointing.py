@@ -9,7 +9,7 @@ import torch
 
 from lora_bench.backbones.auto import Auto
 from lora_bench.evaluation.cost import FlopModel
-from lora_bench.training import checkpointing
+from lora_bench.training import checkpointing, cuda_graphs
 from lora_bench.training.checkpointing import set_checkpointing
 from lora_bench.training.dummy_step import dummy_step, saved_bytes
 from tests.adapters.tools import adapter, pack, stir, trainer
@@ -84,3 +84,15 @@ def test_auto_recomputes_where_a_single_pair_would_not_fit(monkeypatch: pytest.M
     assert decide(3 * needed, micro_batch_size=4)
     assert decide(3 * needed, activation_checkpointing=True)
     assert not decide(needed, activation_checkpointing=False)
+
+
+def test_batches_on_a_gpu_are_padded_alike_whether_or_not_memory_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else dropout would drop other features in a large pack than in a single run."""
+    monkeypatch.setattr(cuda_graphs, "Graphs", lambda *arguments: None)
+    made = pack("bert", (adapter("lora"), 0))
+    made.backbone.device = torch.device("cuda")
+    multiples = []
+    for recomputed in (False, True):
+        made.recomputes_activations = recomputed
+        multiples.append(cuda_graphs.Backward(made, {}, graphs=True).multiple)
+    assert multiples == [cuda_graphs.LENGTH_MULTIPLE] * 2
