@@ -26,7 +26,7 @@ FEW_RUNS = 200
 """Runs of chosen settings that are tested without `--baseline`; the predictions of more take long to read."""
 
 
-def add_verdicts(table: Table, baseline: str | None = None, margin: float = MARGIN) -> Table:
+def add_verdicts(table: Table, baseline: str | list[str] | None = None, margin: float = MARGIN) -> Table:
     """Return the table with a `Finding` in the rows of chosen settings, and notes about the tests.
 
     The methods on one data set, each with its chosen setting, are tested against one baseline of theirs, by the metric
@@ -34,8 +34,9 @@ def add_verdicts(table: Table, baseline: str | None = None, margin: float = MARG
 
     Args:
         table: rows of all settings, and the records of their runs.
-        baseline: the name of the baseline (`_named_rows`), which may be a setting that is not chosen; None takes full
-            fine-tuning, else plain LoRA, else the method that is best on the selection split.
+        baseline: the name of the baseline (`_named_rows`), which may be a setting that is not chosen, or several names,
+            of whose rows one is chosen (`_candidates`); None takes full fine-tuning, else plain LoRA, else the method
+            that is best on the selection split.
         margin: the largest difference that counts as equivalent.
 
     Raises:
@@ -44,7 +45,7 @@ def add_verdicts(table: Table, baseline: str | None = None, margin: float = MARG
     rows_by_data: dict[str | None, list[int]] = {}
     for i, row in enumerate(table.rows):
         rows_by_data.setdefault(row.data, []).append(i)
-    named_rows = None if baseline is None else _named_rows(table, baseline)
+    named_rows = None if baseline is None else _named_rows(table, [baseline] if isinstance(baseline, str) else baseline)
     n_runs = sum(row.n for row in table.rows if row.chosen)
     if baseline is None and n_runs > FEW_RUNS:
         note = f"no tests: {n_runs:,} runs are tested only against a baseline that you name (--baseline NAME)"
@@ -89,36 +90,34 @@ def _selection_score(table: Table, row: Row) -> float:
 # -- the baseline --
 
 
-def _named_rows(table: Table, name: str) -> set[int]:
-    """Return the numbers of the rows that `name` matches.
+def _named_rows(table: Table, names: Sequence[str]) -> set[int]:
+    """Return the numbers of the rows that at least one of some names matches.
 
     Args:
         table: the rows.
-        name: the folder of a run or one above it, `key=value,key=value`, a value alone (`full`), or the name or the
-            first digits of the id of runs in the table.
+        names: each the folder of a run or one above it, `key=value,key=value`, a value alone (`full`), or the name or
+            the first digits of the id of runs in the table.
 
     Raises:
-        UserError: it matches no row.
+        UserError: none matches a row.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        matches = [
-            i for i, row in enumerate(table.rows) if any(_is_below(run_folder, folder) for run_folder in row.folders)
-        ]
-    else:
-        conditions = re.split(r",(?=\s*[\w./]+=)", name)
-        matches = [
-            i
-            for i, row in enumerate(table.rows)
-            if all(_matches(table, row, condition.strip()) for condition in conditions)
-        ] or _rows_of_run(table, name)
+    folders = {Path(name).resolve() for name in names if Path(name).is_dir()}
+    matches = {i for i, row in enumerate(table.rows) if any(_is_below(folder, folders) for folder in row.folders)}
+    for name in names:
+        if not Path(name).is_dir():
+            conditions = re.split(r",(?=\s*[\w./]+=)", name)
+            matches |= {
+                i
+                for i, row in enumerate(table.rows)
+                if all(_matches(table, row, condition.strip()) for condition in conditions)
+            } or set(_rows_of_run(table, name))
     if not matches:
         values = {format_value(value) for row in table.rows for value in row.keys.values()}
-        remedy = nearest(name, values | {table.label(row) for row in table.rows}) if len(table.rows) <= 20 else ""
+        remedy = nearest(names[0], values | {table.label(row) for row in table.rows}) if len(table.rows) <= 20 else ""
         raise UserError(
-            "matches no row of this table", key="--baseline", value=name, remedy=remedy, code=Code.UNKNOWN_CHOICE
+            "matches no row of this table", key="--baseline", value=names[0], remedy=remedy, code=Code.UNKNOWN_CHOICE
         )
-    return set(matches)
+    return matches
 
 
 def _rows_of_run(table: Table, reference: str) -> list[int]:
@@ -135,10 +134,10 @@ def _rows_of_run(table: Table, reference: str) -> list[int]:
     return [i for i, row in enumerate(table.rows) if folder in row.folders]
 
 
-def _is_below(folder: Path, parent: Path) -> bool:
-    """Return whether a folder is `parent` or lies below it."""
-    parent = parent.resolve()
-    return parent in (folder.resolve(), *folder.resolve().parents)
+def _is_below(folder: Path, parents: set[Path]) -> bool:
+    """Return whether a folder is one of some resolved folders or lies below one."""
+    folder = folder.resolve()
+    return not parents.isdisjoint((folder, *folder.parents))
 
 
 def _matches(table: Table, row: Row, condition: str) -> bool:
@@ -152,8 +151,8 @@ def _matches(table: Table, row: Row, condition: str) -> bool:
 def _candidates(table: Table, row_numbers: Sequence[int], named_rows: set[int] | None) -> tuple[list[int], str]:
     """Return the rows of one data set that its baseline is chosen from, and the reason for the notes.
 
-    Of named rows, the candidates are those whose setting stands for its method (`Row.chosen`), or all if none does.
-    They may have learned nothing.
+    Of named rows, the candidates are those whose setting stands for its method (`Row.chosen`). If none does, they are
+    all of them with at least half as many seeds as another one. They may have learned nothing.
 
     Without named rows, the candidates are chosen rows that learned something: those of full fine-tuning; if there are
     none, those of plain LoRA; if there are none, the single row that is best on the selection split. If that row has no
@@ -169,7 +168,9 @@ def _candidates(table: Table, row_numbers: Sequence[int], named_rows: set[int] |
     """
     if named_rows is not None:
         named = [i for i in row_numbers if i in named_rows]
-        return [i for i in named if table.rows[i].chosen] or named, "named by --baseline"
+        most_seeds = max((table.rows[i].n for i in named), default=0)
+        with_seeds = [i for i in named if 2 * table.rows[i].n >= most_seeds]
+        return [i for i in named if table.rows[i].chosen] or with_seeds, "named by --baseline"
     chosen = [i for i in row_numbers if table.rows[i].chosen and table.rows[i].learned]
     for adapter, reason in (("full", "full fine-tuning"), ("lora", "plain LoRA")):
         matches = [i for i in chosen if _first_record(table, table.rows[i])["choices"].get("adapter") == adapter]

@@ -58,18 +58,20 @@ class View:
     """Number of rows to show; None: all."""
 
 
-def write_tables(folder: Path, baseline: str | None = None) -> None:
-    """Write `table.md` and `table.csv` of a finished sweep into its folder; nothing if it has no runs."""
-    if find_runs([folder])[0]:
-        table = summarise([folder], baseline=baseline)
-        write(folder, sweep_folder.TABLE_MARKDOWN, to_markdown(table).encode())
-        write(folder, sweep_folder.TABLE_CSV, to_csv(table).encode())
+def write_tables(folder: Path, baseline: str | list[str] | None = None) -> Table | None:
+    """Write `table.md` and `table.csv` of a sweep into its folder, and return the table; None if it has no runs."""
+    if not find_runs([folder])[0]:
+        return None
+    table = summarise([folder], baseline=baseline)
+    write(folder, sweep_folder.TABLE_MARKDOWN, to_markdown(table).encode())
+    write(folder, sweep_folder.TABLE_CSV, to_csv(table).encode())
+    return table
 
 
 def summarise(
     paths: Sequence[Path],
     by: str | None = None,
-    baseline: str | None = None,
+    baseline: str | list[str] | None = None,
     margin: float = MARGIN,
     measure: str | None = None,
     target: float | None = None,
@@ -81,7 +83,7 @@ def summarise(
     Args:
         paths: run folders, sweeps, or folders above.
         by: configuration keys, separated by commas: a row per combination of their values instead of a row per method.
-        baseline: the row that the others are tested against (`add_verdicts`).
+        baseline: the row that the others are tested against, or several to choose from (`add_verdicts`).
         margin: the largest difference that counts as equivalent.
         measure: the metric to test; None: the main metric of the runs.
         target: the main metric on the selection split up to which costs are counted (`add_costs`).

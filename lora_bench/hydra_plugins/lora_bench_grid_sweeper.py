@@ -16,7 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
 
+from lora_bench.analysis.table import Table
 from lora_bench.config.canonical import settings_hash
 from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import flatten, key_of
@@ -59,8 +61,8 @@ class GridSweeper(BasicSweeper):
         max_batch_size: maximal number of jobs passed to the launcher at a time.
         params: the grid, as `key: "1,2,3"`; overrides of the command line replace single keys.
         exclude: combinations to omit, as `key=pattern key=pattern` with shell wildcards.
-        variants: sets of overrides, as `key=value key=value`; the grid is run with each set. The first one is the
-            baseline of the final comparison.
+        variants: sets of overrides, as `key=value key=value`; the grid is run with each set. The first one, at its
+            setting that is best on selection, is the baseline of the final comparison.
     """
 
     def __init__(
@@ -203,12 +205,11 @@ class GridSweeper(BasicSweeper):
 
         sweep = sweep_folder.read(folder)
         has_runs = any((folder / name / "run.json").exists() for name in sweep.jobs)
-        if has_runs:
-            write_tables(folder, self._baseline(folder, sweep.jobs))
+        table = write_tables(folder, self._baseline_runs(folder, sweep.jobs)) if has_runs else None
         if is_interrupted:
             return
-        if has_runs:
-            self._conclude(folder)
+        if table is not None:
+            self._conclude(folder, table)
         missing, total = len(sweep.unfinished_jobs(folder)), len(sweep.jobs)
         print()
         print(sanitise(f"{total - missing} of {total} jobs have ended: {folder}").plain)
@@ -240,17 +241,15 @@ class GridSweeper(BasicSweeper):
         """Return whether this error of a job is a result, not a failure of the sweep."""
         return False
 
-    def _conclude(self, folder: Path) -> None:
+    def _conclude(self, folder: Path, table: Table) -> None:
         """Print the comparison of the sweep's runs."""
-        from lora_bench.compare import main
-        from lora_bench.records import sweep_folder
+        from lora_bench.analysis.terminal import render
 
-        baseline = self._baseline(folder, sweep_folder.read(folder).jobs)
         print()
-        main([str(folder), *(["--baseline", baseline] if baseline else [])])
+        render(table, Console(highlight=False))
 
-    def _baseline(self, folder: Path, jobs: Mapping[str, Sequence[str]]) -> str | None:
-        """Return the folder of the first finished run of the first variant, the baseline; None without one.
+    def _baseline_runs(self, folder: Path, jobs: Mapping[str, Sequence[str]]) -> list[str] | None:
+        """Return the folders of the finished runs of the first variant, the baseline; None without any.
 
         Args:
             folder: of the sweep.
@@ -258,12 +257,13 @@ class GridSweeper(BasicSweeper):
         """
         from lora_bench.records import run_folder
 
+        runs = []
         for name, job in jobs.items():
             if [text for text in job if not text.startswith(f"{SUBDIR_KEY}=")] in self.baseline_jobs:
                 run = folder / name
                 if (run / "run.json").exists() and run_folder.read(run)["status"] == "done":
-                    return str(run)
-        return None
+                    runs.append(str(run))
+        return runs or None
 
     def _refuse_halving(self) -> None:
         """Refuse `pack.halving` for a sweep that needs the results of all its jobs."""

@@ -19,6 +19,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from lora_bench.analysis.table import Table
 from lora_bench.config.build import build
 from lora_bench.config.compose import compose_job
 from lora_bench.config.keys import key_of
@@ -257,7 +258,7 @@ class SearchSweeper(GridSweeper):
         is_chosen_from = any(text.startswith((f"{SUBDIR_KEY}={TRIALS}/", f"{SUBDIR_KEY}={REPEATS}/")) for text in job)
         return isinstance(error, DivergedError) and is_chosen_from
 
-    def _conclude(self, folder: Path) -> None:
+    def _conclude(self, folder: Path, table: Table) -> None:
         """Print what the trials and repeats cost, then the comparison."""
         jobs = sweep_folder.read(folder).jobs
         trials, repeats = read_trials(folder, jobs), read_repeats(folder, jobs)
@@ -268,7 +269,7 @@ class SearchSweeper(GridSweeper):
         if grid:
             estimate = f"a grid of {self.space.grid_size} settings, about {format_number(grid, 'FLOP')}"
             print(f"training them took {format_number(spent, 'FLOP')}, {100 * spent / grid:.0f} % of {estimate}")
-        super()._conclude(folder)
+        super()._conclude(folder, table)
 
     # -- jobs --
 

@@ -13,6 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import open_dict
 
+from lora_bench.analysis.table import Table
 from lora_bench.config.keys import key_of
 from lora_bench.errors import Code, DivergedError, UserError, quoted
 from lora_bench.hydra_plugins.lora_bench_grid_sweeper import (
@@ -183,7 +184,7 @@ class TransferSweeper(GridSweeper):
     def _is_expected(self, job: Sequence[str], error: Exception) -> bool:
         return isinstance(error, DivergedError)  # an empty cell of the matrix
 
-    def _conclude(self, folder: Path) -> None:
+    def _conclude(self, folder: Path, table: Table) -> None:
         print()
         print(transfer_matrix.write(folder))
 

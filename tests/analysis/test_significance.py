@@ -245,6 +245,22 @@ def test_of_several_methods_that_fit_the_best_on_selection_is_the_baseline(tmp_p
     assert any("(named by --baseline, the best of them on selection)" in note for note in table.notes)
 
 
+def test_of_several_names_the_chosen_setting_is_the_baseline(tmp_path: Path) -> None:
+    """The first run named is of a learning rate that was not chosen."""
+    for adapter, lr, quality in (("lora", 0.1, -2.0), ("lora", 0.01, 0.0), ("dora", 0.1, 2.0), ("dora", 0.01, 0.0)):
+        for seed in range(3):
+            config = {"adapter": {"method": adapter}, "optimizer": {"lr": lr}}
+            make(tmp_path / f"{adapter}-{lr}-{seed}", adapter, seed, predicted(quality, seed), config=config)
+    names = sorted(map(str, tmp_path.glob("lora-*")), reverse=True)
+    table = summarise([tmp_path], baseline=[*names, "unknown"])
+    assert {
+        (row.keys["adapter"], row.keys["optimizer.lr"]): row.finding.verdict for row in table.rows if row.finding
+    } == {
+        ("lora", 0.01): "baseline",
+        ("dora", 0.1): "better",
+    }
+
+
 def test_an_unknown_baseline_is_refused_with_the_nearest(tmp_path: Path) -> None:
     sweep(tmp_path, {"full": 0.0, "dora": 2.0}, seeds=2)
     with refuses(Code.UNKNOWN_CHOICE, key="--baseline") as caught:

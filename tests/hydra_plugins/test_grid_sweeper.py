@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 from pathlib import Path
@@ -244,3 +245,17 @@ def test_variants_are_overrides_that_go_together_and_are_compared_with_the_first
     alike = "hydra.sweeper.variants=['','adapter.rank=8']"
     error = refused("train", "-m", *toy_run("hydra.sweep.dir=other"), "seed=0,1", alike)
     assert (error.code, error.key) == (Code.CONFLICT, "sweep")
+
+
+def test_the_baseline_is_the_first_variant_at_its_chosen_learning_rate(in_tmp: Path) -> None:
+    variants = "hydra.sweeper.variants=['','adapter=bitfit']"
+    assert lora_bench("train", "-m", *toy_run(SWEEP), "optimizer.lr=0.1,0.2", variants).code == 0
+    for name, mcc in (("0", 0.1), ("1", 0.5), ("2", 0.4), ("3", 0.3)):
+        path = in_tmp / "sweep" / name / "run.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["metrics"]["selection/mcc"] = mcc
+        path.write_text(json.dumps(record), encoding="utf-8")
+    answer = lora_bench("train", "-m", "resume=sweep")  # all jobs have ended: the tables are written again
+    rows = [(row["adapter"], row["optimizer.lr"], row["verdict"]) for row in table(in_tmp / "sweep")]
+    assert sorted(rows) == [("bitfit", "0.1", "not tested"), ("lora", "0.2", "baseline")]
+    assert "against adapter=lora optimizer.lr=0.2 (named by --baseline)" in " ".join(answer.out.split())
