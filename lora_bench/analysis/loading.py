@@ -16,9 +16,11 @@ from lora_bench.analysis.settings import (
     describe_run,
     differs,
     group_runs,
+    has_seed_with_several,
     keep_newest_per_seed,
     reported_splits,
     with_shared_paths,
+    without_keys,
 )
 from lora_bench.analysis.table import Missing
 from lora_bench.errors import Code, UserError
@@ -50,20 +52,20 @@ class LoadedRuns:
     @cached_property
     def keys(self) -> list[str]:
         """The keys that distinguish settings."""
+        compared = set().union(*(computations for _, computations in self._computations))
+        return [key for key in self._all_keys if key not in COMPUTATION_KEYS - compared]
+
+    @cached_property
+    def _all_keys(self) -> list[str]:
+        """The keys that distinguish settings, with all `COMPUTATION_KEYS`."""
         keys = [key for key in all_keys(self.all) if key.split(".")[0] not in OUTSIDE_THE_SETTING]
-        keys = [key for key in keys if key not in REQUEST_LIMITS]
-        compared = self._compared_computations([key for key in keys if key not in COMPUTATION_KEYS])
-        return [key for key in keys if key not in COMPUTATION_KEYS - compared]
+        return [key for key in keys if key not in REQUEST_LIMITS]
 
-    def _compared_computations(self, keys: Sequence[str]) -> set[str]:
-        """Return those of `COMPUTATION_KEYS` in which runs of one seed differ that are otherwise one setting.
-
-        Args:
-            keys: all others that distinguish settings.
-        """
-        varying = [key for key in COMPUTATION_KEYS if len({run.tokens.get(key) for run in self.all}) > 1]
-        groups = group_runs(self.all, [*keys, "seed"]) if varying else []
-        return {key for key in varying for group in groups if len({run.tokens.get(key) for run in group}) > 1}
+    @cached_property
+    def _computations(self) -> list[tuple[list[RecordedRun], set[str]]]:
+        """The finished runs of each setting, with those of `COMPUTATION_KEYS` in which runs of one seed differ."""
+        groups = group_runs(self.finished, [key for key in self._all_keys if key not in COMPUTATION_KEYS])
+        return [(runs, {key for key in COMPUTATION_KEYS if has_seed_with_several(key, runs)}) for runs in groups]
 
     @property
     def splits(self) -> list[str]:
@@ -73,10 +75,18 @@ class LoadedRuns:
     def newest(self, by_keys: Sequence[str] = ()) -> list[RecordedRun]:
         """Return the finished runs without repetitions of a setting and seed.
 
+        The runs of a setting have no value of a computation key that it does not compare, if its values differ.
+
         Args:
             by_keys: keys that distinguish rows beside those of a setting, such as `name`.
         """
-        return keep_newest_per_seed(self.finished, [*self.keys, *by_keys])
+        mixed_keys = {
+            run.folder: [key for key in COMPUTATION_KEYS - compared - {*by_keys} if differs(key, runs)]
+            for runs, compared in self._computations
+            for run in runs
+        }
+        runs = [without_keys(run, mixed_keys[run.folder]) for run in self.finished]
+        return keep_newest_per_seed(runs, [*self.keys, *by_keys])
 
     @property
     def missing(self) -> list[Missing]:

@@ -56,7 +56,7 @@ COMPUTATION_KEYS = frozenset(
     )
 )
 """Keys that change how fast a run is computed, but no FLOPs, and its numbers by rounding alone. They distinguish
-settings only where runs that are otherwise equal, the seed included, differ in them."""
+settings only where finished runs that are otherwise equal, the seed included, differ in them."""
 
 NAMING_KEYS = ("model", "adapter", "prompt", "llm.model", "predictions")
 """Keys that name a run: a table that holds both trained and prompted runs shows them."""
@@ -221,6 +221,19 @@ def keep_newest_per_seed(runs: Sequence[RecordedRun], keys: Sequence[str]) -> li
         repeats = group if "seed" in group[0].keys else []
         newest += [max(repeats, key=lambda run: run.record["created"] or "")] if repeats else group
     return newest
+
+
+def has_seed_with_several(key: str, runs: Sequence[RecordedRun]) -> bool:
+    """Return whether runs of one seed differ in a key."""
+    return any(len({run.tokens.get(key) for run in group}) > 1 for group in group_runs(runs, ["seed"]))
+
+
+def without_keys(run: RecordedRun, keys: Sequence[str]) -> RecordedRun:
+    """Return a run without some of its keys."""
+    if not keys:
+        return run
+    remaining = {key: value for key, value in run.keys.items() if key not in keys}
+    return replace(run, keys=remaining, tokens={key: run.tokens[key] for key in remaining})
 
 
 def differs(key: str, runs: Sequence[RecordedRun]) -> bool:

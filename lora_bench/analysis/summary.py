@@ -265,7 +265,7 @@ def _visible(rows: Sequence[Row], view: View) -> list[Row]:
 def _notes(table: Table, loaded: LoadedRuns, runs: Sequence[RecordedRun]) -> list[str]:
     """Return the table's notes, with those about the runs of the table that limit what it shows."""
     notes = [*_choice_notes(table), *table.notes, *_unlearned_notes(table)]
-    notes += _caveats(table.rows, runs, len(loaded.finished) - len(runs), loaded.splits)
+    notes += _caveats(table.rows, runs, loaded)
     notes += unreadable_notes(run.record for run in runs)
     notes += altered_notes((run.folder, run.record) for run in loaded.all)
     if loaded.hidden:
@@ -348,9 +348,9 @@ def _unlearned_notes(table: Table) -> list[str]:
     ]
 
 
-def _caveats(rows: Sequence[Row], runs: Sequence[RecordedRun], repeated: int, splits: Sequence[str]) -> list[str]:
-    """Return the notes about runs that limit what the table shows."""
-    lines = []
+def _caveats(rows: Sequence[Row], runs: Sequence[RecordedRun], loaded: LoadedRuns) -> list[str]:
+    """Return the notes about the runs of the table that limit what it shows."""
+    lines, splits, repeated = [], loaded.splits, len(loaded.finished) - len(runs)
     if not rows:
         lines.append("no finished run yet")
     if rows and all(row.n == 1 for row in rows):
@@ -368,7 +368,7 @@ def _caveats(rows: Sequence[Row], runs: Sequence[RecordedRun], repeated: int, sp
         )
     if repeated:
         lines.append(f"{repeated} finished run(s) repeat a setting and its seed; the newest counts")
-    by_folder = {run.folder: run for run in runs}
+    by_folder = {run.folder: run for run in loaded.finished}  # with all keys
     if computed := _computed_differently([[by_folder[folder] for folder in row.folders] for row in rows]):
         lines.append(f"seeds of one row differ in {', '.join(computed)}: their seconds and memory cannot be compared")
     mixed = [str(run.folder) for run in runs if run.record["environment"].get("history")]

@@ -68,6 +68,27 @@ def test_one_seed_that_was_computed_in_different_ways_is_compared(tmp_path: Path
     assert keys(summarise([tmp_path / "apart"])) == ["trainer.precision"]
 
 
+def test_only_the_setting_that_is_compared_is_split_by_how_it_was_computed(tmp_path: Path) -> None:
+    def run(name: str, seed: int, threads: int, adapter: str, status: str = "done") -> None:
+        config = {"seed": seed, "trainer.threads": threads}
+        make(tmp_path / name, 0.5, choices={"adapter": adapter}, config=config, status=status)
+
+    for seed, threads in enumerate((1, 1, 2)):
+        run(f"dora{seed}", seed, threads, "dora")
+    run("failed", 0, 2, "dora", "failed")
+    run("running", 1, 2, "dora", "running")
+    assert [(keys(table), [row.n for row in table.rows]) for table in [summarise([tmp_path])]] == [
+        (["model", "adapter", "data"], [3])
+    ]
+    for seed, threads in ((0, 1), (0, 2), (1, 1)):
+        run(f"lora{seed}{threads}", seed, threads, "lora")
+    table = summarise([tmp_path])
+    rows = {(row.keys["adapter"], row.keys.get("trainer.threads")): row.n for row in table.rows}
+    assert rows == {("dora", None): 3, ("lora", 1): 2, ("lora", 2): 1}
+    assert any("seeds of one row differ in trainer.threads" in note for note in table.notes)
+    assert {row.n for row in summarise([tmp_path], by="trainer.threads").rows if row.chosen} == {2, 1}
+
+
 def test_the_same_data_and_backbone_in_other_folders_are_one_setting(tmp_path: Path) -> None:
     def run(name: str, seed: int, data: str, weights: str | None = "a1") -> None:
         paths = {"data.path": f"/{name}/pairs", "model.path": f"/{name}/weights"}
