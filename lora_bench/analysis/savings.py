@@ -113,11 +113,11 @@ def _choice(table: Table, row: Row, group: str) -> Any:
 
 
 def _comparable_group(table: Table, row: Row) -> tuple[Any, ...]:
-    """Return a key that is equal for two rows whose costs can be compared: data, model and selection split."""
+    """Return a key that is equal for two rows whose costs can be compared: model, training, selection and tested data."""
     record = table.records[row.folders[0]]
     fingerprint = record["data"].get("fingerprint")
-    selection = fingerprint.get("selection") if isinstance(fingerprint, dict) else None
-    return row.data, model_name(record), str(selection)
+    splits = fingerprint if isinstance(fingerprint, dict) else {}
+    return row.data, model_name(record), str(splits.get("train")), str(splits.get("selection"))
 
 
 def _selection_curve(table: Table, folder: Path) -> list[tuple[float, float]]:

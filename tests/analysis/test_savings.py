@@ -207,10 +207,10 @@ def test_packed_runs_whose_seconds_are_no_run_s_own_tell_of_flops_alone(tmp_path
     assert time_saved == {"full": None, "lora": None, "dora": 0.5}
 
 
-def test_another_model_or_selection_has_a_target_of_its_own_or_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["selection", "train"])
+def test_other_training_or_selection_data_have_a_target_of_their_own_or_none(tmp_path: Path, split: str) -> None:
     make(tmp_path / "f", "full", 0, [0.4, 0.6], 3e9)
-    other = {"fingerprint": {"validation": "v", "selection": "another"}}
-    make(tmp_path / "l", "lora", 0, [0.6, 0.7], 2e9, data=other)
+    make(tmp_path / "l", "lora", 0, [0.6, 0.7], 2e9, data={"fingerprint": {"validation": "v", split: "another"}})
     table = summarise([tmp_path])
     assert row(table, "lora").saved is None
     assert "steps_to_target" not in row(table, "lora").stats
