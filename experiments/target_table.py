@@ -56,7 +56,7 @@ class Costs:
 
     def curves(self) -> list[list[tuple[float, float]]]:
         """Return step and MCC of each evaluation of the selection split, of each run."""
-        return [selection_curve(path / run_folder.METRICS_FILE, "mcc") for path, _ in self.runs]
+        return [selection_curve(path / run_folder.METRICS_FILE, "mcc", may_choose=True) for path, _ in self.runs]
 
     def steps(self, target: float) -> list[float | None]:
         """Return the step at which each run reaches a target; None if it does not."""

@@ -113,7 +113,7 @@ def _choice(table: Table, row: Row, group: str) -> Any:
 
 
 def _comparable_group(table: Table, row: Row) -> tuple[Any, ...]:
-    """Return a key that is equal for two rows whose costs can be compared: model, training, selection and tested data."""
+    """Return a key that is equal for two rows whose costs can be compared: model, and data of the splits in use."""
     record = table.records[row.folders[0]]
     fingerprint = record["data"].get("fingerprint")
     splits = fingerprint if isinstance(fingerprint, dict) else {}
@@ -121,8 +121,8 @@ def _comparable_group(table: Table, row: Row) -> tuple[Any, ...]:
 
 
 def _selection_curve(table: Table, folder: Path) -> list[tuple[float, float]]:
-    """Return step and main metric of each evaluation of the selection split."""
-    return selection_curve(folder / METRICS_FILE, main_metric(table.records[folder]))
+    """Return step and main metric of each evaluation of the selection split whose state the run may keep."""
+    return selection_curve(folder / METRICS_FILE, main_metric(table.records[folder]), may_choose=True)
 
 
 def _add_costs_to_target(table: Table, row: Row, target: float) -> Row:

@@ -1,7 +1,8 @@
 """The log of a run's evaluations, `metrics.jsonl`: the only code that reads it.
 
-Each line is an object: step, epoch, split, metrics, seconds. The log is untrusted, a run may be writing to it, and its
-process may have been killed while it wrote: a line that is not a whole object is skipped.
+Each line is an object: step, epoch, split, metrics, seconds, and `may_choose` (false) if the run may not keep the state
+of this step: AdaLoRA's ranks are not final yet, or only halving needed the evaluation. The log is untrusted, a run may
+be writing to it, and its process may have been killed while it wrote: a line that is not a whole object is skipped.
 """
 
 from __future__ import annotations
@@ -74,17 +75,23 @@ def last_value(log: Path, metric: str) -> tuple[float, dict[str, Any]] | None:
     return None if value is None else (float(value), line)
 
 
-def selection_curve(log: Path, metric: str) -> list[tuple[float, float]]:
+def selection_curve(log: Path, metric: str, *, may_choose: bool = False) -> list[tuple[float, float]]:
     """Return (step, value) of a metric at each evaluation of the selection split, in the order of the steps.
 
     Evaluations without a number for the metric are skipped; of several at one step the last counts. A log that cannot
     be read gives an empty list.
+
+    Args:
+        log: the file.
+        metric: its name.
+        may_choose: leave out evaluations whose state the run may not keep.
     """
     points: dict[float, float] = {}
     with suppress(OSError, ValueError):
         for line in read_lines(log):
             metrics, step = line.get("metrics"), as_number(line.get("step"))
             value = as_number(metrics.get(metric)) if isinstance(metrics, dict) else None
-            if line.get("split") == "selection" and step is not None and value is not None:
+            is_left_out = may_choose and line.get("may_choose") is False
+            if line.get("split") == "selection" and not is_left_out and step is not None and value is not None:
                 points[float(step)] = float(value)
     return sorted(points.items())

@@ -109,7 +109,7 @@ def update_best(
 
     Returns:
         The line for the log; None if the member's scores are not finite, which ends it. With several tasks, its metrics
-        are their means, and `tasks` has the metrics of each task.
+        are their means, and `tasks` has the metrics of each task. `may_choose` is in the line only if it is False.
     """
     try:
         by_task = {name: score(scores, result.labels[name], metrics) for name, scores in result.scores.items()}
@@ -129,4 +129,4 @@ def update_best(
         progress.without_gain += 1
     if may_choose:
         progress.at_target = progress.at_target + 1 if target is not None and value >= target else 0
-    return line | ({"tasks": by_task} if len(by_task) > 1 else {})
+    return line | ({"tasks": by_task} if len(by_task) > 1 else {}) | ({} if may_choose else {"may_choose": False})

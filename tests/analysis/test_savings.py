@@ -70,6 +70,15 @@ def test_a_lucky_evaluation_does_not_count(tmp_path: Path) -> None:
     assert row(table, "full").stats["steps_to_target"].mean == 200  # at the end of a run the last one counts
 
 
+def test_an_evaluation_whose_state_the_run_may_not_keep_does_not_count(tmp_path: Path) -> None:
+    make(tmp_path / "f", "full", 0, [0.5, 0.6], 3e9)
+    run = make(tmp_path / "a", "adalora", 0, [0.6, 0.6, 0.6], 2e9)
+    log = run.folder / "metrics.jsonl"
+    first, *rest = log.read_text().splitlines()
+    log.write_text("\n".join([json.dumps(json.loads(first) | {"may_choose": False}), *rest]))
+    assert row(summarise([tmp_path]), "adalora").stats["steps_to_target"].mean == 200
+
+
 def test_a_target_that_is_asked_for_and_rows_that_do_not_reach_it(tmp_path: Path) -> None:
     make(tmp_path / "l0", "lora", 0, [0.5, 0.7], 2e9)
     make(tmp_path / "l1", "lora", 1, [0.5, 0.65], 2e9)

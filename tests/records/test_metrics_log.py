@@ -59,6 +59,13 @@ def test_a_curve_has_the_newest_value_of_each_step(log: Path) -> None:
     assert selection_curve(log, "mcc") == [(2, 0.5), (10, 0.9)]
 
 
+def test_a_curve_without_evaluations_whose_state_may_not_be_chosen(log: Path) -> None:
+    lines = [line(5, 0.9) | {"may_choose": False}, line(10, 0.75)]
+    log.write_text("".join(f"{json.dumps(content)}\n" for content in lines))
+    assert selection_curve(log, "mcc") == [(5, 0.9), (10, 0.75)]
+    assert selection_curve(log, "mcc", may_choose=True) == [(10, 0.75)]
+
+
 def test_a_log_that_is_absent_or_no_file(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     for read in (lambda: list(read_lines(log)), lambda: lines_up_to(log, 1)):

@@ -260,6 +260,8 @@ def test_what_is_not_settled_is_logged_and_never_kept(backbone: Make) -> None:
     late, soon = run(pack, chosen=chosen, learn=optimizer(lr=1e-12), watcher=watcher)
     assert [line["step"] for member, line in watcher.lines if member == 0] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for member, line in watcher.lines if member == 1] == [1, 2, 3]
+    assert [line["step"] for member, line in watcher.lines if line.get("may_choose") is False] == [1, 2, 3]
+    assert "may_choose" not in late.best
     assert (late.best["step"], late.steps, late.without_gain) == (4, 6, 2)
     assert (soon.best["step"], soon.steps, soon.without_gain) == (1, 3, 2)
 
