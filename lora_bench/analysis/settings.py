@@ -211,6 +211,14 @@ def group_runs(runs: Sequence[RecordedRun], keys: Sequence[str]) -> list[list[Re
     return list(groups.values())
 
 
+def split_by_block(runs: Sequence[RecordedRun]) -> list[list[RecordedRun]]:
+    """Return the runs in groups that can be compared with each other, in the order of their first runs."""
+    blocks: dict[str | None, list[RecordedRun]] = {}
+    for run in runs:
+        blocks.setdefault(run.block, []).append(run)
+    return list(blocks.values())
+
+
 def keep_newest_per_seed(runs: Sequence[RecordedRun], keys: Sequence[str]) -> list[RecordedRun]:
     """Return the runs without repetitions: of runs with equal keys and seed only the newest remains.
 

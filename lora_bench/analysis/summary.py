@@ -25,6 +25,7 @@ from lora_bench.analysis.settings import (
     differs,
     group_runs,
     is_implied,
+    split_by_block,
 )
 from lora_bench.analysis.significance import MARGIN
 from lora_bench.analysis.table import Column, Row, Stat, Table
@@ -153,13 +154,15 @@ def _settings_table(
         for key in by_keys:
             check_key("--by", key, all_keys(loaded.all), shown_keys)
         data_keys = [key for key in shown_keys if key.split(".")[0] == "data" and key not in by_keys]
-        method_keys = [*by_keys, *data_keys]  # runs on different data are different rows, whatever the key
+        method_keys = [*by_keys, *data_keys]
         keys = [*keys, *(key for key in by_keys if key not in keys)]
         shown_keys = [*method_keys, *(key for key in shown_keys if key not in method_keys)]
     shown_keys = shown_keys or [key for key in ("model", "adapter", "data") if key in keys]
     metrics, costs = metric_columns(runs, loaded.splits, measure), cost_columns()
     rows: list[Row] = []
-    for number, method in enumerate(group_runs(runs, method_keys)):
+    # Runs with other data or another main metric are different rows, whatever the key.
+    methods = [comparable for method in group_runs(runs, method_keys) for comparable in split_by_block(method)]
+    for number, method in enumerate(methods):
         settings = group_runs(method, keys)
         chosen = choose_setting(settings)
         for i, setting in enumerate(settings):

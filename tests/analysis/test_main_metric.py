@@ -146,6 +146,24 @@ def test_runs_of_one_task_with_different_main_metrics_are_not_tested_against_eac
     }
 
 
+def test_by_a_key_a_setting_is_chosen_by_one_main_metric(tmp_path: Path) -> None:
+    """Accuracy is higher than MCC, so it would choose the worse learning rate."""
+    for metric, lr, quality in (("mcc", 0.1, 0.6), ("mcc", 0.2, 0.5), ("accuracy", 0.3, 0.0)):
+        sweep(
+            tmp_path / str(lr),
+            "multiclass",
+            {"lora": quality},
+            1,
+            trainer={"main_metric": metric},
+            optimizer={"lr": lr},
+        )
+    table = summarise([tmp_path], by="adapter")
+    assert {(row.measure, row.keys["optimizer.lr"]) for row in table.rows if row.chosen} == {
+        ("mcc", 0.1),
+        ("accuracy", 0.3),
+    }
+
+
 def test_costs_count_up_to_the_main_metric(tmp_path: Path) -> None:
     table = summarise([sweep(tmp_path, "regression", {"full": 0.5, "vera": 0.9})])
     assert any(note.startswith("target: selection Spearman ρ 0.") for note in table.notes)
