@@ -56,9 +56,11 @@ def add_verdicts(table: Table, baseline: str | list[str] | None = None, margin: 
         measure, split = rows[row_numbers[0]].measure, rows[row_numbers[0]].split
         chosen_rows = [i for i in row_numbers if rows[i].chosen]
         if not candidates and named_rows is None and len(chosen_rows) > 1:
-            finding = Finding("", NOT_TESTED, measure, "no method learned the task")
+            finding = Finding("", NOT_TESTED, measure, "no chosen setting learned the task")
             rows = [replace(row, finding=finding) if i in chosen_rows else row for i, row in enumerate(rows)]
-            notes.append(f"verdicts: {split} {display_name(measure)}: no row is tested, since none learned the task")
+            notes.append(
+                f"verdicts: {split} {display_name(measure)}: no row is tested, since no chosen setting learned the task"
+            )
         if not candidates:
             continue
         chosen = max(candidates, key=lambda i: _selection_score(table, table.rows[i]))

@@ -54,7 +54,7 @@ def _recommended_record(table: Table) -> dict[str, Any]:
     """Return the record of the recommended setting's first run, which is one that `train` can repeat."""
     recommended = [decision.recommended for decision in table.decisions if decision.recommended is not None]
     if not recommended:
-        remedy = "Train more runs first: none of these learned the task."
+        remedy = " ".join(table.advice[:2]) or "Train a run first."
         raise UserError("no setting is recommended", key=OPTION, remedy=remedy, code=Code.UNSUPPORTED)
     if len(recommended) > 1:
         remedy = "Choose one: --where 'data=qqp', or give the folder of its runs."

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from lora_bench.analysis.significance import Finding
     from lora_bench.analysis.table import Row, Table
 
-BETTER, EQUIVALENT, BEST_KNOWN, INCONCLUSIVE, UNTESTED, ONLY, UNLEARNED = (
-    *("better", "equivalent", "baseline", "inconclusive", "not tested", "only", "none"),
+BETTER, EQUIVALENT, BEST_KNOWN, INCONCLUSIVE, UNTESTED, ONLY, UNLEARNED, UNCHOSEN = (
+    *("better", "equivalent", "baseline", "inconclusive", "not tested", "only", "none", "not chosen"),
 )
 """Reasons of a decision."""
 SAVING = 0.95
@@ -51,7 +51,7 @@ class Decision:
     sentences: list[str]
     """The setting to use and the reason; then, if tests were made or are missing, what is detectable or what to run."""
     recommended: Row | None = None
-    """None if no setting learned anything."""
+    """None if no setting learned anything, or none that did is chosen."""
     baseline: Row | None = None
     """The row that the others were tested against, if any was."""
 
@@ -70,12 +70,15 @@ def add_decisions(table: Table, margin: float) -> Table:
     for data, row_numbers in blocks.items():
         chosen = [i for i in row_numbers if rows[i].chosen or rows[i].is_baseline]
         number, reason = _recommend(table, {i: rows[i] for i in chosen})
+        if number is None and any(rows[i].learned for i in row_numbers):
+            reason = UNCHOSEN
         if number is not None:
             rows[number] = replace(rows[number], recommended=True)
         block = [rows[i] for i in chosen]
         recommended = None if number is None else rows[number]
         baseline = next((row for row in block if row.is_baseline), None)
-        writer = _Writer(table, block, len(row_numbers), recommended, baseline, reason, margin)
+        without_choice = {rows[i].method for i in row_numbers} - {rows[i].method for i in chosen}
+        writer = _Writer(table, block, len(row_numbers), len(without_choice), recommended, baseline, reason, margin)
         prefix = f"{block_label(table, rows[row_numbers[0]])}: " if len(blocks) > 1 else ""
         headline, sentences = writer.headline(), writer.sentences()
         decisions.append(
@@ -116,7 +119,7 @@ def _recommend(table: Table, rows: dict[int, Row]) -> tuple[int | None, str]:
 
     def best(numbers: Sequence[int]) -> int:
         """Return the best of some rows on selection; without such scores the first one, the best of the table."""
-        return max(numbers, key=lambda i: scores[i])
+        return max(sorted(numbers), key=lambda i: scores[i])
 
     if not learned:
         return None, UNLEARNED
@@ -169,7 +172,10 @@ class _Writer:
 
     table: Table
     rows: Sequence[Row]
+    """Chosen settings and the baseline."""
     n_settings: int
+    n_without_choice: int
+    """Number of methods of which no setting is chosen."""
     recommended: Row | None
     baseline: Row | None
     reason: str
@@ -177,36 +183,56 @@ class _Writer:
 
     def headline(self) -> str:
         """Return the decision in one clause."""
+        if self.reason == UNLEARNED:
+            return "No setting learned the task"
         if self.recommended is None:
-            return "No run learned the task"
+            return "No chosen setting learned the task" if self.rows else "No setting is chosen"
         name, baseline = self._name(self.recommended), self._name(self.baseline)
         if self.reason == BETTER:
             return f"{name} is better than {baseline}"
         if self.reason == EQUIVALENT:
             return f"{name} is equivalent to {baseline} and costs less"
         if self.reason == BEST_KNOWN:
+            if self._n_without_verdict:
+                return f"No tested rival is better than {name}"
             worse = all(row.finding is not None and row.finding.verdict == "worse" for row in self._rivals)
             return f"{name} is better than all rivals" if worse else f"No rival is better than {name}"
+        has_score = self._selection_score(self.recommended) > -math.inf
+        lead = f"{name} is ahead on the selection split" if has_score else f"{name} has the highest {self._metric}"
         if self.reason == INCONCLUSIVE:
             among = self._among(self.recommended)
-            place = f"the selection split among {among}" if among else "the selection split"
-            return f"{name} is ahead on {place}, but no method is shown to be the best"
+            return f"{lead}{' among ' * bool(among)}{among}, but no method is shown to be the best"
         if self.reason == UNTESTED:
-            return f"{name} is ahead on the selection split; the difference is not tested"
+            return f"{lead}; the difference is not tested"
+        if self.n_without_choice:
+            return f"{name} is the only chosen setting"
         return f"{name} is the best of {self.n_settings} settings" if self.n_settings > 1 else f"One setting: {name}"
 
     def sentences(self) -> list[str]:
         """Return what to use and why, and what to run next."""
+        if self.reason == UNLEARNED:
+            return [
+                "No setting learned the task, so none can be advised.",
+                "Try a higher learning rate (optimizer.lr), more steps (trainer.epochs), or more data.",
+            ]
         if self.recommended is None:
             return [
-                "No run learned the task, so no setting can be advised.",
-                "Try a higher learning rate (optimizer.lr), more steps (trainer.epochs), or more data.",
+                "No setting that was chosen on the selection split learned the task, so none can be advised."
+                if self.rows
+                else "No setting is chosen, for lack of scores of the selection split, so none can be advised.",
+                "Compare by a key in which the settings differ (--by KEY), or show all of them (--all).",
             ]
         return [self._use(self.recommended), *self._next_step()]
 
     @property
     def _rivals(self) -> list[Row]:
         return [row for row in self.rows if row is not self.baseline]
+
+    @property
+    def _n_without_verdict(self) -> int:
+        """The number of rivals that were not tested, or whose test gave no verdict, methods without choice included."""
+        findings = [row.finding for row in self._rivals]
+        return self.n_without_choice + sum(finding is None or finding.p_holm is None for finding in findings)
 
     def _name(self, row: Row | None) -> str:
         return "" if row is None else self.table.label(row)
@@ -226,7 +252,9 @@ class _Writer:
                 f"{baseline} ({self._interval(finding)}){self._cost_note(row)}."
             )
         if self.reason == BEST_KNOWN:
-            return f"{prefix}no rival is better by more than chance, or equivalent at lower cost."
+            tested = "tested " * bool(self._n_without_verdict)
+            rest = f"; {self._n_without_verdict} without a verdict" if self._n_without_verdict else ""
+            return f"{prefix}no {tested}rival is better by more than chance, or equivalent at lower cost{rest}."
         selection = self._selection_score(row)
         metric = display_name(main_metric(self.table.records[row.folders[0]]))
         how = f" ({metric} {selection:.3f})" if selection > -math.inf else ""
@@ -240,6 +268,12 @@ class _Writer:
             return f"{prefix}{best}, but its difference from {subject}{more} may be chance{self._cost_note(row)}."
         if self.reason == UNTESTED:
             return f"{prefix}{best}, but no test shows whether that is chance."
+        if self.n_without_choice:
+            others = f"{self.n_without_choice} other method{'s' * (self.n_without_choice > 1)}"
+            return (
+                f"{prefix}it is the only chosen setting, with a {self._metric} of {self._score(row)}; "
+                f"{others} lack scores of the selection split."
+            )
         if self.n_settings > 1:
             return f"{prefix}{best}, of {self.n_settings} settings; its {self._metric} is {self._score(row)}."
         return f"{prefix}it is the only setting here; its {self._metric} is {self._score(row)}."

@@ -67,6 +67,14 @@ def write(folder: Path, adapter: str, seed: int, answers: np.ndarray, **given: A
     run.finish("done")
 
 
+def make_unscored(folder: Path, adapter: str, **settings: Any) -> None:
+    """Write a finished run that was not scored on the selection split."""
+    make(folder, adapter, 0, 1.0, **settings)
+    record = json.loads((folder / "run.json").read_text())
+    del record["metrics"]["selection/mcc"]
+    (folder / "run.json").write_text(json.dumps(record))
+
+
 def sweep(folder: Path, qualities: dict[str, float], seeds: int = 3, flops: dict[str, float] | None = None) -> Path:
     for adapter, quality in qualities.items():
         for seed in range(seeds):
@@ -168,6 +176,39 @@ def test_where_nothing_was_learned_nothing_is_advised(tmp_path: Path) -> None:
     assert [row.finding.verdict for row in table.rows if row.finding] == ["not tested", "not tested"]
 
 
+def test_where_no_setting_is_chosen_the_advice_says_so(tmp_path: Path) -> None:
+    for rank in (2, 8):
+        make_unscored(tmp_path / f"lora{rank}", "lora", adapter__rank=rank)
+    (one,) = summarise([tmp_path]).decisions
+    assert (one.reason, one.recommended) == (decision.UNCHOSEN, None)
+    assert "learned" not in " ".join([one.headline, *one.sentences])
+    assert "--by" in one.sentences[1]
+    make(tmp_path / "dora", "dora", 0, 1.0, adapter__rank=8)
+    (one,) = summarise([tmp_path]).decisions
+    assert one.reason == decision.ONLY
+    assert "only chosen setting" in one.headline
+    assert "1 other method" in one.sentences[0]
+    write(tmp_path / "dora2", "dora", 0, np.zeros(N, int), selection=0.99, adapter__rank=2)
+    (one,) = summarise([tmp_path]).decisions
+    assert (one.reason, one.headline) == (decision.UNCHOSEN, "No chosen setting learned the task")
+
+
+def test_a_rival_that_was_not_tested_is_not_said_to_be_no_better(tmp_path: Path) -> None:
+    sweep(tmp_path, {"full": 3.0, "lora": 0.0})
+    make(tmp_path / "other-seed", "dora", 7, 4.0, selection=0.1)
+    one = summarise([tmp_path]).decisions[0]
+    assert (one.reason, one.headline) == (decision.BEST_KNOWN, "No tested rival is better than adapter=full")
+    assert "1 without a verdict" in one.sentences[0]
+
+
+def test_without_selection_scores_nothing_is_ahead_on_that_split(tmp_path: Path) -> None:
+    for adapter in ("lora", "dora"):
+        make_unscored(tmp_path / adapter, adapter)
+    (one,) = summarise([tmp_path]).decisions
+    assert one.reason == decision.UNTESTED
+    assert "selection" not in one.headline
+
+
 # -- one row is one setting --
 
 
@@ -197,11 +238,7 @@ def test_one_method_shows_all_its_settings_without_tests(tmp_path: Path) -> None
 
 def test_settings_without_selection_scores_are_shown_but_not_chosen(tmp_path: Path) -> None:
     for rank in (2, 8):
-        make(tmp_path / str(rank), "lora", 0, 1.0, adapter__rank=rank)
-        path = tmp_path / str(rank) / "run.json"
-        record = json.loads(path.read_text())
-        del record["metrics"]["selection/mcc"]
-        path.write_text(json.dumps(record))
+        make_unscored(tmp_path / str(rank), "lora", adapter__rank=rank)
     make(tmp_path / "dora", "dora", 0, 1.0, adapter__rank=8)
     table = summarise([tmp_path])
     assert sorted((row.keys["adapter"], row.chosen) for row in table.rows) == [
