@@ -27,6 +27,7 @@ from lora_bench.compare import main
 from lora_bench.console.format import format_number, to_single_line
 from lora_bench.errors import Code
 from lora_bench.records.run_folder import Run
+from lora_bench.report.page import page
 from tests.command_line import refuses
 
 HOSTILE = "<script>|\x1b[31m*[red]x[/red](y)`\n\u202e$\\"
@@ -116,6 +117,21 @@ def test_later_evaluations_and_perturbed_figures_have_columns_only_where_there_a
     assert "perturbed/f1" not in table.rows[1].stats
     arrows = {column.name: column.arrow for column in table.columns}
     assert (arrows["perturbed/f1"], arrows["perturbed/f1_drop"]) == ("↑", "↓")
+
+
+def test_evaluations_of_one_name_on_different_data_are_not_averaged(tmp_path: Path) -> None:
+    for seed, (fingerprint, mcc) in enumerate([("a" * 64, 0.1), ("a" * 64, 0.3), ("b" * 64, 0.9)]):
+        run = make(tmp_path / str(seed), config={"seed": seed}, data={"fingerprint": {"validation": "own"}})
+        for name, data in (("paws", fingerprint), ("same", "c" * 64)):
+            run.write_evaluation(name, {"metrics": {"test/mcc": mcc}, "data": {"fingerprint": {"test": data}}})
+    (row,) = (table := summarise([tmp_path])).rows
+    other = {name: (stat.mean, stat.n) for name, stat in row.stats.items() if ":" in name}
+    assert other == {
+        "paws (aaaaaaaa):test/mcc": (pytest.approx(0.2), 2),
+        "paws (bbbbbbbb):test/mcc": (0.9, 1),
+        "same:test/mcc": (pytest.approx(1.3 / 3), 3),
+    }
+    assert all(f"paws ({letter * 8}) (test)" in page(table) for letter in "ab")
 
 
 def test_one_seed_shows_the_value_alone_and_says_so(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def load_runs(paths: Sequence[Path]) -> LoadedRuns:
     """
     recorded, skipped = find_runs([find_folder(path, "compare") for path in paths])
     recorded, unread_tasks = split_by_task(recorded)
-    recorded = [(folder, add_evaluations(folder, record)) for folder, record in align_configs(recorded)]
+    recorded = add_evaluations(align_configs(recorded))
     if not recorded:
         skipped_note = f"; skipped {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         remedy = "Give the folder of a run or one above it; `lora-bench train` makes runs below outputs/."

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 UNREADABLE = "unreadable_files"
 """A key that `add_evaluations` adds to a record: files of the run's folder that cannot be read, with the reasons."""
 
+TITLES = "evaluation_titles"
+"""A key that `add_evaluations` adds to a record: the titles of evaluations whose name stands for other data in another
+run, by `name:split`."""
 
 MAX_NOTES = 5
 """Unreadable files that are named in notes."""
@@ -59,27 +62,49 @@ def _evaluations(folder: Path) -> tuple[dict[str, Evaluation], list[str]]:
     return by_name, unreadable
 
 
-def add_evaluations(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a record with the metrics of the run's later evaluations, and with the key `UNREADABLE`.
+def add_evaluations(runs: Iterable[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the runs with copies of their records that have the metrics of their later evaluations.
 
     A metric on the run's own data, of the same split and fingerprint, is added as `split/metric`, unless the run
-    reports it already. A metric on other data is added as `<evaluation>:split/metric`. `UNREADABLE` also has a line for
-    the run's log if that cannot be read.
+    reports it already. A metric on other data is added as `<evaluation>:split/metric`. If an evaluation's name stands
+    for several data, the beginning of their fingerprint is added to it, as in `paws (0a1b2c3d):test/mcc`. The records
+    also have the keys `UNREADABLE` and `TITLES`. `UNREADABLE` has a line for the run's log too if that cannot be read.
+
+    Args:
+        runs: folders and records.
     """
-    metrics: dict[str, Any] = dict(record["metrics"])
-    run_fingerprints = _fingerprints(record)
-    evaluations, unreadable = _evaluations(folder)
-    for title, evaluation in evaluations.items():
-        fingerprints = evaluation.fingerprints
-        for key, value in evaluation.metrics.items():
-            split, _, name = key.partition("/")
-            if split in fingerprints and fingerprints[split] == run_fingerprints.get(split):
-                metrics.setdefault(key, value)
-            else:
-                metrics[f"{title}:{split}/{name}"] = value
-    if reason := untrusted.refusal(log := folder / METRICS_FILE):
-        unreadable.append(f"{log}: {reason}")
-    return {**record, "metrics": metrics, UNREADABLE: unreadable}
+    read = [(folder, record, *_evaluations(folder)) for folder, record in runs]
+    fingerprints: dict[str, set[str]] = {}
+    for _, record, evaluations, _ in read:
+        for name, evaluation in evaluations.items():
+            for split in _other_splits(record, evaluation):
+                fingerprints.setdefault(f"{name}:{split}", set()).add(str(evaluation.fingerprints.get(split)))
+    added = []
+    for folder, record, evaluations, unreadable in read:
+        metrics: dict[str, Any] = dict(record["metrics"])
+        titles: dict[str, str] = {}
+        for name, evaluation in evaluations.items():
+            other_splits = _other_splits(record, evaluation)
+            for split in other_splits:
+                if len(fingerprints[key := f"{name}:{split}"]) > 1 and split in evaluation.fingerprints:
+                    titles[key] = f"{name} ({str(evaluation.fingerprints[split])[:8]})"
+            for metric, value in evaluation.metrics.items():
+                split = metric.partition("/")[0]
+                if split in other_splits:
+                    metrics[f"{titles.get(f'{name}:{split}', name)}:{metric}"] = value
+                else:
+                    metrics.setdefault(metric, value)
+        if reason := untrusted.refusal(log := folder / METRICS_FILE):
+            unreadable.append(f"{log}: {reason}")
+        added.append((folder, {**record, "metrics": metrics, UNREADABLE: unreadable, TITLES: titles}))
+    return added
+
+
+def _other_splits(record: Mapping[str, Any], evaluation: Evaluation) -> set[str]:
+    """Return the splits of an evaluation that are not data of the run itself, of the same split and fingerprint."""
+    run_fingerprints, fingerprints = _fingerprints(record), evaluation.fingerprints
+    splits = {key.partition("/")[0] for key in evaluation.metrics}
+    return {name for name in splits if name not in fingerprints or fingerprints[name] != run_fingerprints.get(name)}
 
 
 def unreadable_notes(records: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from lora_bench.records.evaluations import TITLES
 from lora_bench.report import folders, specs
 from lora_bench.report.blocks import column_name
 from lora_bench.report.content import DataTable, Figure, Paragraph, signed
@@ -115,13 +116,14 @@ def _scores_of_run(
             before = evaluation.metrics.get(f"{split}/{metric}")
             if metric_name != metric or before is None:
                 continue
+            title = record.get(TITLES, {}).get(f"{name}:{split}", name)
             fingerprint = evaluation.fingerprints.get(split)
             same_data = (
                 fingerprint is not None and isinstance(fingerprints, dict) and fingerprints.get(split) == fingerprint
             )
             split_suffix = "" if split == "validation" else f" ({split})"
             if perturbation:
-                condition = f"{perturbation}{split_suffix}" if same_data else f"{name}{split_suffix}: {perturbation}"
+                condition = f"{perturbation}{split_suffix}" if same_data else f"{title}{split_suffix}: {perturbation}"
                 yield condition, before, after
             elif not same_data and reported is not None:
-                yield f"{name}{split_suffix}", reported, after
+                yield f"{title}{split_suffix}", reported, after
