@@ -1,7 +1,7 @@
-"""The transfer matrix of a sweep: source task by target task, zero-shot and after few examples.
+"""The transfer matrices of a sweep, one of each setting: source task by target task, zero-shot and after few examples.
 
 transfer.csv    a row per cell, with mean and standard deviation over seeds
-transfer.md     a table for each number of examples
+transfer.md     a table for each setting and number of examples
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_bench.config import keys
 from lora_bench.config.metric_names import SHOWN_METRICS
@@ -27,6 +28,11 @@ NO_SOURCE = "no source adapter"
 """The source of a run that is not initialised from another one."""
 ALL_TASKS = "all tasks"
 """The source of a run that was trained on all tasks."""
+OUTSIDE_THE_SETTING = ("seed", "name", "tags", "notes")
+"""Keys that may differ between the runs of one cell."""
+
+Setting: TypeAlias = "tuple[tuple[str, str], ...]"
+"""Keys and values in which the jobs of one task differ; empty if they differ in the seed alone."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class TransferScore:
     """The metrics in `SHOWN_METRICS` and the main metric, by name."""
     metric: str = "mcc"
     """The main metric of the run."""
+    setting: Setting = ()
 
 
 def data_overrides(job: Sequence[str]) -> dict[str, str]:
@@ -81,23 +88,41 @@ def _scores(folder: Path) -> Iterator[TransferScore]:
     """
     jobs = sweep_folder.read(folder).jobs
     tasks = {name: task_of(job) for name, job in jobs.items()}
-    for name in jobs:
+    setting_keys = _setting_keys([job for name, job in jobs.items() if name.startswith("train/")])
+    for name, job in jobs.items():
         if not run_folder.holds_run(folder / name) or (run := run_folder.read(folder / name))["status"] != "done":
             continue
         values, metric = _values(run, run["metrics"]), main_metric(run)
+        chosen = dict(map(keys.split_override, job))
+        setting = tuple((key, chosen[key]) for key in setting_keys if key in chosen)
         if learned := task_names(run["config"]):
             for task in learned:
                 of_task = run_folder.read(task_folder(folder / name, task))
-                yield TransferScore(ALL_TASKS, task, 0, _values(of_task, of_task["metrics"]), main_metric(of_task))
+                task_values, task_metric = _values(of_task, of_task["metrics"]), main_metric(of_task)
+                yield TransferScore(ALL_TASKS, task, 0, task_values, task_metric, setting)
         elif name.startswith("train/"):
-            yield TransferScore(tasks[name], tasks[name], None, values, metric)
+            yield TransferScore(tasks[name], tasks[name], None, values, metric, setting)
             for title, evaluation in evaluations.read_evaluations(folder / name).items():
                 if title in tasks.values():
-                    yield TransferScore(tasks[name], title, 0, _values(run, evaluation.metrics), metric)
+                    yield TransferScore(tasks[name], title, 0, _values(run, evaluation.metrics), metric, setting)
         else:
             init_from = run["config"]["adapter"]["init_from"]
             source = tasks[source_of(init_from).as_posix()] if init_from else NO_SOURCE
-            yield TransferScore(source, tasks[name], run["config"]["data"]["train_size"], values, metric)
+            yield TransferScore(source, tasks[name], run["config"]["data"]["train_size"], values, metric, setting)
+
+
+def _setting_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Return the keys in which jobs of one task differ, as far as they belong to its setting."""
+    values_by_task: dict[str, list[dict[str, str]]] = {}
+    for job in jobs:
+        values_by_task.setdefault(task_of(job), []).append(dict(map(keys.split_override, job)))
+    return [
+        key
+        for key in dict.fromkeys(keys.key_of(text) for job in jobs for text in job)
+        if key not in OUTSIDE_THE_SETTING
+        and not key.startswith("hydra.")
+        and any(len({values.get(key) for values in of_task}) > 1 for of_task in values_by_task.values())
+    ]
 
 
 def source_of(init_from: str | Path) -> Path:
@@ -129,11 +154,14 @@ def _csv(scores: Sequence[TransferScore]) -> str:
     """Return `transfer.csv`: a row per cell with mean and standard deviation of each metric, and the number of runs."""
     text = io.StringIO()
     names = list(dict.fromkeys(name for score in scores for name in score.values)) or ["mcc", "accuracy", "f1"]
-    header = ["trained_on", "tested_on", "examples", *(f"{m}{end}" for m in names for end in ("", "_std")), "n"]
+    setting_keys = list(dict.fromkeys(key for score in scores for key, _ in score.setting))
+    header = [*setting_keys, "trained_on", "tested_on", "examples"]
+    header += [*(f"{m}{end}" for m in names for end in ("", "_std")), "n"]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    for (source, target, examples), cell in _cells(scores).items():
-        row: list[Any] = [source, target, "all" if examples is None else examples]
+    for (setting, source, target, examples), cell in _cells(scores).items():
+        row: list[Any] = [dict(setting).get(key, "") for key in setting_keys]
+        row += [source, target, "all" if examples is None else examples]
         for name in names:
             values = [score.values[name] for score in cell if name in score.values]
             row += [fmean(values) if values else "", stdev(values) if len(values) > 1 else ""]
@@ -141,21 +169,22 @@ def _csv(scores: Sequence[TransferScore]) -> str:
     return text.getvalue()
 
 
-def _cells(scores: Sequence[TransferScore]) -> dict[tuple[str, str, int | None], list[TransferScore]]:
-    """Group the scores by source, target and number of examples: a cell holds one score for each seed."""
-    cells: dict[tuple[str, str, int | None], list[TransferScore]] = {}
+def _cells(scores: Sequence[TransferScore]) -> dict[tuple[Setting, str, str, int | None], list[TransferScore]]:
+    """Group the scores by setting, source, target and number of examples: a cell holds one score for each seed."""
+    cells: dict[tuple[Setting, str, str, int | None], list[TransferScore]] = {}
     for score in scores:
-        cells.setdefault((score.trained_on, score.tested_on, score.examples), []).append(score)
+        cells.setdefault((score.setting, score.trained_on, score.tested_on, score.examples), []).append(score)
     return cells
 
 
 def _markdown(scores: Sequence[TransferScore]) -> str:
     """Return `transfer.md`: a table of the main metric for each number of training examples of the target task.
 
-    A note follows. Where the tasks have several main metrics, the header of a column names its own. A row is a task
-    trained on, a column a task tested on, a cell the mean ± standard deviation over seeds, or empty. The diagonal of
-    every table shows the runs that were trained on all examples of the task. Rows for an adapter of all tasks and, with
-    training examples, for no source adapter come last.
+    If there are several settings, each has tables of its own below a line that names it. A note follows. Where the
+    tasks have several main metrics, the header of a column names its own. A row is a task trained on, a column a task
+    tested on, a cell the mean ± standard deviation over seeds, or empty. The diagonal of every table shows the runs
+    that were trained on all examples of the task. Rows for an adapter of all tasks and, with training examples, for no
+    source adapter come last.
     """
     cells = _cells(scores)
     metric_by_target = {score.tested_on: score.metric for score in scores if score.examples is None}
@@ -165,14 +194,17 @@ def _markdown(scores: Sequence[TransferScore]) -> str:
     levels = sorted({score.examples for score in scores if score.examples is not None})
     tables = []
     has_all_tasks = any(score.trained_on == ALL_TASKS for score in scores)
-    for level in levels:
+    settings = list(dict.fromkeys(score.setting for score in scores))
+    for setting, level in product(settings, levels):
+        if len(settings) > 1 and level == levels[0]:
+            tables.append(f"{' '.join(f'{key}={value}' for key, value in setting) or 'default settings'}:")
         condition = f"after {level:,} examples of it" if level else "zero-shot"
         rows = [*targets, *([ALL_TASKS] if has_all_tasks else []), *([NO_SOURCE] if level else [])]
         header = f"| {metric}, {condition}: trained on | {' | '.join(titles)} |"
         lines = [header, f"| --- |{' ---: |' * len(targets)}"]
         for source in rows:
             row = [
-                _cell_text(cells.get((source, target, None if source == target else level), []), name)
+                _cell_text(cells.get((setting, source, target, None if source == target else level), []), name)
                 for target, name in metric_by_target.items()
             ]
             lines.append(f"| {source} | {' | '.join(row)} |")
