@@ -66,7 +66,7 @@ def format_tests(backbone: str, folder: Path) -> list[str]:
     frames = [compare(folder, baseline=BASELINE, measure=measure) for measure in MEASURES]
     lines = []
     for _, row in frames[0].iterrows():
-        if row["verdict"] == "baseline":
+        if row["tests.verdict"] == "baseline":
             continue
         cells = [backbone, method_of(run_folder.read(Path(row["runs"][0])))]
         for frame in frames:
@@ -98,7 +98,7 @@ def format_thresholds(backbone: str, folder: Path) -> list[str]:
     for (rival, test), p in zip(tests.items(), holm([test.p for test in tests.values()]), strict=True):
         low, high = test.interval()
         fields = {"difference": test.difference, "difference_low": low, "difference_high": high, "p_holm": p}
-        cells[rival] = difference_cells(fields)
+        cells[rival] = difference_cells({f"tests.{name}": value for name, value in fields.items()})
     rows = []
     for method in sorted(by_method, key=lambda method: -fmean(values[THRESHOLD_MCC][method])):
         means = [f"{fmean(of[method]):.4f} ± {stdev(of[method]):.4f}" for of in values.values()]

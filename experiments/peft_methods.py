@@ -122,9 +122,9 @@ def format_table(records: Path) -> str:
 
 def _verdict(row: Series) -> list[str]:
     """Return the cells of a row against its baseline: the difference with its interval, p, and the verdict."""
-    if isna(row["p_holm"]):  # the baseline itself, or methods that cannot be tested
-        return ["", "", str(row["verdict"])]
-    return [*difference_cells(row), str(row["verdict"])]
+    if isna(row["tests.p_holm"]):  # the baseline itself, or methods that cannot be tested
+        return ["", "", str(row["tests.verdict"])]
+    return [*difference_cells(row), str(row["tests.verdict"])]
 
 
 def main() -> int:

@@ -40,11 +40,11 @@ def difference_cells(row: Series | Mapping[str, Any], *, points: bool = False) -
         row: the row, or a mapping with its columns.
         points: the difference and interval are given in points, as 100 times what they are.
     """
-    if isna(row["p_holm"]):  # not tested, or without a verdict; a number if any row of the data has one
+    if isna(row["tests.p_holm"]):  # not tested, or without a verdict; a number if any row of the data has one
         return ["not tested", ""]
     difference, low, high = (
         f"{100 * row[key]:+.1f}" if points else f"{row[key]:+.3f}"
-        for key in ("difference", "difference_low", "difference_high")
+        for key in ("tests.difference", "tests.difference_low", "tests.difference_high")
     )
-    p = f"{row['p_holm']:.3f}" if row["p_holm"] >= 0.001 else "< 0.001"
+    p = f"{row['tests.p_holm']:.3f}" if row["tests.p_holm"] >= 0.001 else "< 0.001"
     return [f"{difference} ({low} to {high})", p]

@@ -194,7 +194,8 @@ def compare(
     """Return the finished runs at or below some folders: the rows of `lora-bench compare --format json`.
 
     A row is a method with its setting that is best on the selection split: mean, standard deviation (`<metric>_std`)
-    and n over its seeds, and the paired test against the baseline. The row to use is `recommended`, and the first one
+    and n over its seeds, the paired test against the baseline (`tests.verdict`, `tests.p_holm` and others), and the
+    `savings.<cause>`. The row to use is `recommended`, and the first one
     of its data. Seconds, bytes and FLOPs are plain numbers. What `compare` prints below its table is in
     `frame.attrs["notes"]` and `frame.attrs["advice"]`, two lists of sentences.
 

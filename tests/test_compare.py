@@ -268,6 +268,38 @@ def test_several_reported_splits_and_extra_metrics(tmp_path: Path) -> None:
     assert len(table.rows) == 1  # a metric more is no other experiment
 
 
+def test_a_metric_with_the_name_of_another_column_keeps_its_values(tmp_path: Path) -> None:
+    """Names of findings, savings, row facts, costs, keys and spreads; the values differ from all of theirs."""
+    taken = [
+        "n",
+        "chosen",
+        "runs",
+        "adapter_bytes",
+        "steps_to_target",
+        "cost.train_flops",
+        "seed",
+        "adapter",
+        "mcc_std",
+    ]
+    names = ["rate", "power", "difference", "verdict", "baseline", "p", *taken]
+    scores = {name: 0.25 + i / 100 for i, name in enumerate(names)}
+    config = {f"metric.{name}.torchmetric": "BinaryPrecision" for name in names if "." not in name}
+    for adapter in ("full", "lora"):
+        cost = {"steps": 10, "train_flops": 1e12, "train_seconds": 10.0}
+        run = make(tmp_path / adapter, choices={"adapter": adapter}, config=config, cost=cost)
+        run.update(metrics=run.record["metrics"] | {f"validation/{name}": value for name, value in scores.items()})
+    table = summarise([tmp_path])
+    objects, lines = json.loads(to_json(table)), csv.DictReader(io.StringIO(to_csv(table)))
+    for line, row in zip(objects, lines, strict=True):
+        for name, value in scores.items():
+            header = f"validation/{name}" if name in taken else name
+            assert (line[header], float(row[header])) == (value, value)
+        assert (line["n"], line["chosen"], line["adapter"]) == (1, True, row["adapter"])
+        assert line["cost.train_flops"] == 1e12
+        assert line["tests.verdict"] in ("baseline", "not tested")
+    assert {"savings.precision", "savings.rate"} <= objects[0].keys()
+
+
 def test_another_split_than_validation_is_named(tmp_path: Path) -> None:
     make(tmp_path / "t/a", None, metrics={"test/mcc": 0.3, "train/mcc": 1})
     assert any("test split" in line for line in summarise([tmp_path / "t"]).footnotes)

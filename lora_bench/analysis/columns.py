@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_bench.analysis import savings
 from lora_bench.analysis.table import Column
 from lora_bench.config.metric_names import SHOWN_METRICS
 
@@ -57,6 +58,10 @@ KEEP = (
 """Columns in the order in which a narrow terminal drops them."""
 
 
+RESERVED = ("n", "chosen", "recommended", "learned_nothing", "runs", *(column.name for column in savings.COLUMNS))
+"""Names of columns of CSV and JSON, which a metric of the same name does not take: its header names the split."""
+
+
 def has_column(name: str) -> bool:
     """Return whether a metric, named without its split, has a column.
 
@@ -91,12 +96,22 @@ def metric_columns(runs: Sequence[RecordedRun], splits: Sequence[str], measure: 
         extra = [name for name in extra if name not in names and has_column(name)]
         main = [name for name in names if split in own_splits or f"{split}/{name}" in recorded]
         for name in [*main, *extra]:
-            header = name if own_splits == [split] and split != "selection" else f"{split}/{name}"
+            names_split = own_splits != [split] or split == "selection" or _is_taken(name, runs)
+            header = f"{split}/{name}" if names_split else name
             rank = names.index(name) if name in names else -1
             rank += len(names) if name in main_metrics else 0  # a narrow table keeps one metric of each row
             keep = len(KEEP) + 2 * (len(names) + 1) * (len(splits) - i) + rank
             columns[f"{split}/{name}"] = Column(header, "metric", _arrow(name, runs, forms), keep=keep)
     return columns
+
+
+def _is_taken(name: str, runs: Sequence[RecordedRun]) -> bool:
+    """Return whether a metric, named without its split, could have the name of another column.
+
+    Names with a dot are those of configuration keys, costs, tests and savings; the endings are those of a spread.
+    """
+    is_spread = name.endswith(("_std", "_low", "_high"))
+    return "." in name or is_spread or name in RESERVED or any(name in run.keys for run in runs)
 
 
 def _extra_keys(run: RecordedRun) -> list[str]:

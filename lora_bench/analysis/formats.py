@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def _rows_of_values(table: Table) -> Iterator[dict[str, Any]]:
-    """Yield the raw values of each row by name: keys, n, metrics with spread and interval, costs, savings, finding."""
+    """Yield the raw values of each row by name: keys, n, metrics with spread and interval, costs, savings, finding.
+
+    The names of savings and of a finding's fields begin with `savings.` and `tests.`, so that none is that of a metric.
+    """
     finding_fields = next((asdict(row.finding) for row in table.rows if row.finding), {})
     saved_names = dict.fromkeys(name for row in table.rows for name in row.saved or ())
     for row in table.rows:
@@ -34,8 +37,9 @@ def _rows_of_values(table: Table) -> Iterator[dict[str, Any]]:
                     low, high = (stat.interval if stat else None) or (None, None)
                     values[f"{column.name}_std"] = stat.std if stat else None
                     values |= {f"{column.name}_low": low, f"{column.name}_high": high}
-        values |= {name: (row.saved or {}).get(name) for name in saved_names}
-        values |= asdict(row.finding) if row.finding else dict.fromkeys(finding_fields)
+        values |= {f"savings.{name}": (row.saved or {}).get(name) for name in saved_names}
+        finding = asdict(row.finding) if row.finding else dict.fromkeys(finding_fields)
+        values |= {f"tests.{name}": value for name, value in finding.items()}
         values |= {"chosen": row.chosen, "recommended": row.recommended, "learned_nothing": row.unlearned}
         yield values | {"runs": [str(folder) for folder in row.folders]}
 
@@ -64,7 +68,7 @@ def to_csv(table: Table) -> str:
     return out.getvalue()
 
 
-_LISTS = ("runs", "p_bootstrap", "p_mcnemar")
+_LISTS = ("runs", "tests.p_bootstrap", "tests.p_mcnemar")
 """Values that are lists."""
 
 

@@ -63,7 +63,7 @@ def test_the_default_metric_of_a_form_is_tested(tmp_path: Path, form: str, metri
     assert (by_adapter["vera"].p_mcnemar is None) == (form == "regression")
     for text in (to_csv(table), to_json(table), to_markdown(table), to_latex(table), page(table)):
         assert metric in text
-    assert json.loads(to_json(table))[0]["measure"] == metric
+    assert json.loads(to_json(table))[0]["tests.measure"] == metric
 
 
 def test_another_main_metric_chooses_sorts_and_is_tested(tmp_path: Path) -> None:

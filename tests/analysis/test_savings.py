@@ -143,8 +143,8 @@ def test_what_was_saved_by_cause_adds_up(tmp_path: Path) -> None:
     text = to_markdown(table)
     assert "| adapter | fewer steps | no weight gradients | fewer layers | the adapter itself | FLOPs saved |" in text
     assert "| lora | +33% | +22% | +0% | -2% | +53% |" in text
-    saved = {line["adapter"]: line["FLOPs saved"] for line in json.loads(to_json(table))}
-    csv_shares = {line["adapter"]: line["FLOPs saved"] for line in csv.DictReader(io.StringIO(to_csv(table)))}
+    saved = {line["adapter"]: line["savings.FLOPs saved"] for line in json.loads(to_json(table))}
+    csv_shares = {line["adapter"]: line["savings.FLOPs saved"] for line in csv.DictReader(io.StringIO(to_csv(table)))}
     assert saved["lora"] == float(csv_shares["lora"]) == half["FLOPs saved"]
     assert (saved["full"], csv_shares["full"]) == (None, "")
 
@@ -181,7 +181,7 @@ def test_a_cached_prefix_less_padding_and_precision_are_causes_of_their_own(tmp_
         causes = sum(share for name, share in shares.items() if name not in ("FLOPs saved", "time saved"))
         assert causes == pytest.approx(shares["time saved"])
     lines = {line["adapter"]: line for line in csv.DictReader(io.StringIO(to_csv(table)))}
-    assert float(lines["lora"]["cached prefix"]) == row(table, "lora").saved["cached prefix"]
+    assert float(lines["lora"]["savings.cached prefix"]) == row(table, "lora").saved["cached prefix"]
     assert "| cached prefix | less padding | the adapter itself | FLOPs saved | precision | rate |" in to_markdown(
         table
     )
@@ -212,7 +212,7 @@ def test_packed_runs_whose_seconds_are_no_run_s_own_tell_of_flops_alone(tmp_path
     make(tmp_path / "d", "dora", 0, [0.6], 2e9, cost={"train_seconds": 100.0})
     table = summarise([tmp_path])
     assert "time saved" not in row(table, "lora").saved
-    time_saved = {line["adapter"]: line["time saved"] for line in json.loads(to_json(table))}
+    time_saved = {line["adapter"]: line["savings.time saved"] for line in json.loads(to_json(table))}
     assert time_saved == {"full": None, "lora": None, "dora": 0.5}
 
 

@@ -436,11 +436,11 @@ def test_every_form_has_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureF
     result = finding(table, "lora")
     lines = {line["adapter"]: line for line in csv.DictReader(io.StringIO(to_csv(table)))}
     objects = {line["adapter"]: line for line in json.loads(to_json(table))}
-    assert float(lines["lora"]["difference"]) == objects["lora"]["difference"] == result.difference
-    assert float(lines["lora"]["p_holm"]) == objects["lora"]["p_holm"] == result.p_holm
-    assert len(objects["lora"]["p_mcnemar"]) == 3
-    assert not {"p_mcnemar", "p_bootstrap", "runs"} & lines["lora"].keys()
-    assert (lines["full"]["verdict"], objects["full"]["p"]) == ("baseline", None)
+    assert float(lines["lora"]["tests.difference"]) == objects["lora"]["tests.difference"] == result.difference
+    assert float(lines["lora"]["tests.p_holm"]) == objects["lora"]["tests.p_holm"] == result.p_holm
+    assert len(objects["lora"]["tests.p_mcnemar"]) == 3
+    assert not {"tests.p_mcnemar", "tests.p_bootstrap", "runs"} & lines["lora"].keys()
+    assert (lines["full"]["tests.verdict"], objects["full"]["tests.p"]) == ("baseline", None)
     difference = f"{result.difference:+.4f}"
     assert f"| **lora** | {difference} |" in to_markdown(table)
     assert rf"\textbf{{lora}} & {difference} & " in to_latex(table)

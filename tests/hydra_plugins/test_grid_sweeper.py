@@ -239,7 +239,7 @@ def test_variants_are_overrides_that_go_together_and_are_compared_with_the_first
         ("lora", 2, 1),
     ]
     assert [each["adapter"].get("alpha") for each in found[::2]] == [8, None, 16]
-    baseline = next(row for row in table(in_tmp / "sweep") if row["verdict"] == "baseline")
+    baseline = next(row for row in table(in_tmp / "sweep") if row["tests.verdict"] == "baseline")
     assert (baseline["adapter"], baseline["adapter.rank"]) == ("lora", "4")
     assert "adapter.rank=4" in next(line for line in answer.out.splitlines() if line.startswith("tests of "))
     alike = "hydra.sweeper.variants=['','adapter.rank=8']"
@@ -256,6 +256,6 @@ def test_the_baseline_is_the_first_variant_at_its_chosen_learning_rate(in_tmp: P
         record["metrics"]["selection/mcc"] = mcc
         path.write_text(json.dumps(record), encoding="utf-8")
     answer = lora_bench("train", "-m", "resume=sweep")  # all jobs have ended: the tables are written again
-    rows = [(row["adapter"], row["optimizer.lr"], row["verdict"]) for row in table(in_tmp / "sweep")]
+    rows = [(row["adapter"], row["optimizer.lr"], row["tests.verdict"]) for row in table(in_tmp / "sweep")]
     assert sorted(rows) == [("bitfit", "0.1", "not tested"), ("lora", "0.2", "baseline")]
     assert "against adapter=lora optimizer.lr=0.2 (named by --baseline)" in " ".join(answer.out.split())

@@ -192,5 +192,5 @@ def test_an_ablation_chooses_each_variants_rate_and_compares_with_the_whole() ->
         ("uniform", 1.0),
     ]
     assert {each["trainer"]["objective"] for each in reported} == {None}
-    baseline = next(row for row in table() if row["verdict"] == "baseline")
+    baseline = next(row for row in table() if row["tests.verdict"] == "baseline")
     assert baseline["adapter.lr_ratio"] == "4.0"
