@@ -258,7 +258,7 @@ def test_the_readmes_table_has_recorded_values_within_intervals_of_the_pairs(
         tuple(line[:2]): [[float(x) for x in re.findall(r"-?[0-9.]+", cell)] for cell in line[2:5]] for line in lines
     }
     assert len(rows) == len(lines) >= 3
-    recorded = [_read(path) for path in (ROOT / "experiments/records/decoders/words/lora").rglob("run.json")]
+    recorded = [_read(path) for path in (ROOT / "experiments/records/decoders/text_to_text/lora").rglob("run.json")]
     for name, (value, low, high) in zip(("accuracy", "f1", "mcc"), rows["Gemma 3 270M", "LoRA"], strict=True):
         assert value == pytest.approx(fmean(run["metrics"][f"validation/{name}"] for run in recorded), abs=6e-4)
         assert low < value < high
