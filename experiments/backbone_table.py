@@ -97,8 +97,8 @@ def format_thresholds(backbone: str, folder: Path) -> list[str]:
     cells = {BASELINE: ["", ""]}
     for (rival, test), p in zip(tests.items(), holm([test.p for test in tests.values()]), strict=True):
         low, high = test.interval()
-        fields = {"difference": test.difference, "difference_low": low, "difference_high": high, "p_holm": p}
-        cells[rival] = difference_cells({f"tests.{name}": value for name, value in fields.items()})
+        interval = {"tests.difference_low": low, "tests.difference_high": high}
+        cells[rival] = difference_cells({"tests.difference": test.difference, **interval, "tests.p_holm": p})
     rows = []
     for method in sorted(by_method, key=lambda method: -fmean(values[THRESHOLD_MCC][method])):
         means = [f"{fmean(of[method]):.4f} ± {stdev(of[method]):.4f}" for of in values.values()]

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.analysis.settings import mean_selection_score
+from lora_bench.analysis.settings import have_enough_seeds, mean_selection_score
 from lora_bench.analysis.significance import BASELINE, MARGIN, NOT_TESTED, Finding, compare_with_baseline
 from lora_bench.analysis.table import Column, Row, Table, format_value
 from lora_bench.config.metric_names import display_name
@@ -170,8 +171,7 @@ def _candidates(table: Table, row_numbers: Sequence[int], named_rows: set[int] |
     """
     if named_rows is not None:
         named = [i for i in row_numbers if i in named_rows]
-        most_seeds = max((table.rows[i].n for i in named), default=0)
-        with_seeds = [i for i in named if 2 * table.rows[i].n >= most_seeds]
+        with_seeds = list(compress(named, have_enough_seeds([table.rows[i].n for i in named])))
         return [i for i in named if table.rows[i].chosen] or with_seeds, "named by --baseline"
     chosen = [i for i in row_numbers if table.rows[i].chosen and table.rows[i].learned]
     for adapter, reason in (("full", "full fine-tuning"), ("lora", "plain LoRA")):

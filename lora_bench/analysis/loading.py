@@ -16,7 +16,7 @@ from lora_bench.analysis.settings import (
     describe_run,
     differs,
     group_runs,
-    has_seed_with_several,
+    is_function_of,
     keep_newest_per_seed,
     reported_splits,
     with_shared_paths,
@@ -65,7 +65,7 @@ class LoadedRuns:
     def _computations(self) -> list[tuple[list[RecordedRun], set[str]]]:
         """The finished runs of each setting, with those of `COMPUTATION_KEYS` in which runs of one seed differ."""
         groups = group_runs(self.finished, [key for key in self._all_keys if key not in COMPUTATION_KEYS])
-        return [(runs, {key for key in COMPUTATION_KEYS if has_seed_with_several(key, runs)}) for runs in groups]
+        return [(runs, {key for key in COMPUTATION_KEYS if not is_function_of(key, ["seed"], runs)}) for runs in groups]
 
     @property
     def splits(self) -> list[str]:

@@ -187,13 +187,17 @@ def choose_setting(settings: Sequence[Sequence[RecordedRun]]) -> int | None:
     """
     if len(settings) == 1:
         return 0
-    most_seeds = max(map(len, settings))
     scores = [
-        mean_selection_score([run.record for run in runs]) if 2 * len(runs) >= most_seeds else -math.inf
-        for runs in settings
+        mean_selection_score([run.record for run in runs]) if is_candidate else -math.inf
+        for runs, is_candidate in zip(settings, have_enough_seeds([len(runs) for runs in settings]), strict=True)
     ]
     best = max(range(len(settings)), key=lambda i: scores[i])
     return best if scores[best] > -math.inf else None
+
+
+def have_enough_seeds(counts: Sequence[int]) -> list[bool]:
+    """Return whether each setting, of so many seeds, has at least half as many as every other one."""
+    return [2 * n >= max(counts) for n in counts]
 
 
 def all_keys(runs: Sequence[RecordedRun]) -> list[str]:
@@ -203,20 +207,21 @@ def all_keys(runs: Sequence[RecordedRun]) -> list[str]:
     return sorted(keys, key=lambda key: (key not in GROUPS, order.get(key.split(".")[0], len(GROUPS))))
 
 
-def group_runs(runs: Sequence[RecordedRun], keys: Sequence[str]) -> list[list[RecordedRun]]:
-    """Return the runs in groups with equal values of `keys`, in the order of their first runs."""
+def group_runs(
+    runs: Sequence[RecordedRun], keys: Sequence[str], *, comparable: bool = False
+) -> list[list[RecordedRun]]:
+    """Return the runs in groups with equal values of `keys`, in the order of their first runs.
+
+    Args:
+        runs: to group.
+        keys: config keys.
+        comparable: runs of different blocks (`RecordedRun.block`) are in different groups too.
+    """
     groups: dict[tuple[str | None, ...], list[RecordedRun]] = {}
     for run in runs:
-        groups.setdefault(tuple(run.tokens.get(key) for key in keys), []).append(run)
+        block = run.block if comparable else None
+        groups.setdefault((block, *(run.tokens.get(key) for key in keys)), []).append(run)
     return list(groups.values())
-
-
-def split_by_block(runs: Sequence[RecordedRun]) -> list[list[RecordedRun]]:
-    """Return the runs in groups that can be compared with each other, in the order of their first runs."""
-    blocks: dict[str | None, list[RecordedRun]] = {}
-    for run in runs:
-        blocks.setdefault(run.block, []).append(run)
-    return list(blocks.values())
 
 
 def keep_newest_per_seed(runs: Sequence[RecordedRun], keys: Sequence[str]) -> list[RecordedRun]:
@@ -229,11 +234,6 @@ def keep_newest_per_seed(runs: Sequence[RecordedRun], keys: Sequence[str]) -> li
         repeats = group if "seed" in group[0].keys else []
         newest += [max(repeats, key=lambda run: run.record["created"] or "")] if repeats else group
     return newest
-
-
-def has_seed_with_several(key: str, runs: Sequence[RecordedRun]) -> bool:
-    """Return whether runs of one seed differ in a key."""
-    return any(len({run.tokens.get(key) for run in group}) > 1 for group in group_runs(runs, ["seed"]))
 
 
 def without_keys(run: RecordedRun, keys: Sequence[str]) -> RecordedRun:
@@ -271,25 +271,25 @@ def is_implied(key: str, varying: Sequence[str], runs: Sequence[RecordedRun]) ->
     group = key.split(".")[0]
     if key in DATA_KEYS:
         determining = [k for k in varying if k.split(".")[0] == "data" and k not in DATA_KEYS]
-        return bool(determining) and _is_function_of(key, determining, runs)
+        return bool(determining) and is_function_of(key, determining, runs)
     if group == "data" and key not in GROUPS:
         identifying = [name for name in IDENTIFYING_KEYS if name in varying]
         earlier = identifying[: identifying.index(key)] if key in identifying else identifying
-        if any(_is_function_of(key, [name], runs) for name in earlier):
+        if any(is_function_of(key, [name], runs) for name in earlier):
             return True
     if key == "optimizer.lr" and "adapter" in varying:
         at_default = all(
             run.tokens.get(key) == run.tokens.get("adapter.default_lr", run.tokens.get(key)) for run in runs
         )
-        return at_default and _is_function_of(key, ["adapter"], runs)
-    if key in GROUPS or group not in varying or not _is_function_of(key, [group], runs):
+        return at_default and is_function_of(key, ["adapter"], runs)
+    if key in GROUPS or group not in varying or not is_function_of(key, [group], runs):
         return False
     # A hyperparameter that somebody set for one choice is a difference in its own right.
     overridden = {str(text).lstrip("+~").split("=")[0] for run in runs for text in run.record["overrides"]}
     return group in ("model", "data") or key not in overridden
 
 
-def _is_function_of(key: str, determining: Sequence[str], runs: Sequence[RecordedRun]) -> bool:
+def is_function_of(key: str, determining: Sequence[str], runs: Sequence[RecordedRun]) -> bool:
     """Return whether runs with equal values of `determining` have equal values of `key`."""
     return all(len({run.tokens.get(key) for run in group}) == 1 for group in group_runs(runs, determining))
 

@@ -25,7 +25,6 @@ from lora_bench.analysis.settings import (
     differs,
     group_runs,
     is_implied,
-    split_by_block,
 )
 from lora_bench.analysis.significance import MARGIN
 from lora_bench.analysis.table import Column, Row, Stat, Table
@@ -161,8 +160,7 @@ def _settings_table(
     metrics, costs = metric_columns(runs, loaded.splits, measure), cost_columns()
     rows: list[Row] = []
     # Runs with other data or another main metric are different rows, whatever the key.
-    methods = [comparable for method in group_runs(runs, method_keys) for comparable in split_by_block(method)]
-    for number, method in enumerate(methods):
+    for number, method in enumerate(group_runs(runs, method_keys, comparable=True)):
         settings = group_runs(method, keys)
         chosen = choose_setting(settings)
         for i, setting in enumerate(settings):

@@ -77,9 +77,8 @@ def test_only_the_setting_that_is_compared_is_split_by_how_it_was_computed(tmp_p
         run(f"dora{seed}", seed, threads, "dora")
     run("failed", 0, 2, "dora", "failed")
     run("running", 1, 2, "dora", "running")
-    assert [(keys(table), [row.n for row in table.rows]) for table in [summarise([tmp_path])]] == [
-        (["model", "adapter", "data"], [3])
-    ]
+    table = summarise([tmp_path])
+    assert (keys(table), [row.n for row in table.rows]) == (["model", "adapter", "data"], [3])
     for seed, threads in ((0, 1), (0, 2), (1, 1)):
         run(f"lora{seed}{threads}", seed, threads, "lora")
     table = summarise([tmp_path])
